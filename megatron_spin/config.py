@@ -1,0 +1,414 @@
+"""The configuration: YAML into frozen dataclasses, checked in full before anything runs. No torch.
+
+Sections carry Megatron's own field names where it has them; ``model.transformer``, ``training.optimizer`` and ``parallel.ddp`` take any field
+of ``TransformerConfig``, ``OptimizerConfig`` and ``DistributedDataParallelConfig``.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from megatron_spin.errors import ConfigError
+
+T = TypeVar("T")
+PerIteration = T | list[T]
+"""A scalar stands for the same value in every iteration; a list has one value an iteration (its last one goes on if it is short)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    hf: str
+    """Directory of the Hugging Face model that the run begins with (the SFT model)."""
+    provider: str | None = None
+    """``package.module:function`` with Megatron's signature ``(pre_process, post_process, vp_stage)``; null builds a GPTModel from ``hf``."""
+    transformer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Any ``TransformerConfig`` field, over what the Hugging Face config gives."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor parallel size (Megatron's flag); padding never counts in the softmax."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that hold consecutive layers."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence; more than 1 needs packed sequences, which are not there yet."""
+    sequence_parallel: bool = False
+    """Shard the norms' activations over the tensor parallel ranks."""
+    use_distributed_optimizer: bool = True
+    """Shard the optimizer state over the data parallel ranks."""
+    ddp: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Any ``DistributedDataParallelConfig`` field."""
+    nproc_per_node: int | None = None
+    """Processes the driver starts on each node; null: one a GPU, or on a CPU as many as one model replica needs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Compute dtype; main weights and optimizer state are fp32 either way."""
+    fp8: str | None = None
+    """Transformer Engine FP8 format; refused where there is no FP8."""
+    export: Literal["fp32", "bf16"] | None = None
+    """Dtype of the exported model, hence of the opponent; null: the compute dtype."""
+
+    @property
+    def export_dtype(self) -> str:
+        return self.export or self.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    path: str
+    """SFT data: JSONL, JSON or Parquet with prompt/response, instruction/input/output, question/answer or messages."""
+    template: Literal["instruction", "chat", "none"] = "instruction"
+    """``instruction`` is the paper's, ``chat`` the tokenizer's own, ``none`` takes the prompt as it stands."""
+    end_token: str | None = None
+    """Token that ends an answer and stops generation; null: the tokenizer's EOS."""
+    num_prompts: int | None = None
+    """How many rows to use, drawn with ``seed``; null: all."""
+    max_length: int = 2048
+    """Tokens of prompt and answer together; longer answers are cut (and lose their end token)."""
+    max_prompt_length: int | None = None
+    """Longer prompts are dropped and counted; null: half of ``max_length``."""
+    seed: int = 0
+    """Seed of the draw and of the order of rows."""
+
+    @property
+    def prompt_limit(self) -> int:
+        return self.max_prompt_length or self.max_length // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    engine: PerIteration[Literal["vllm", "hf"]] = "vllm"
+    """``vllm``, or ``hf`` for transformers' generate (faster for tiny models on a CPU)."""
+    temperature: PerIteration[float] = 1.0
+    top_p: PerIteration[float] = 1.0
+    max_new_tokens: PerIteration[int] = 1024
+    """Longest generated answer, and the cap of real answers, in tokens; the end token counts."""
+    truncated: PerIteration[Literal["keep", "drop"]] = "keep"
+    """What becomes of pairs whose generated answer did not end."""
+    shard_size: PerIteration[int] = 2048
+    """Prompts a shard; an unfinished shard is generated again whole."""
+    batch_size: PerIteration[int] = 256
+    """Prompts a batch of the ``hf`` engine."""
+    seed: PerIteration[int] = 0
+    vllm: PerIteration[dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Any vLLM engine argument, for example ``{tensor_parallel_size: 2, gpu_memory_utilization: 0.9}``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    path: str | None = None
+    """Held-out SFT data; null: ``held_out_fraction`` of ``data.path``."""
+    held_out_fraction: float = 0.0
+    """Share of ``data.path`` held out when ``path`` is null; 0 and no path: no evaluation."""
+    num_prompts: int | None = 512
+    """How many held-out prompts to use; null: all."""
+    samples: int = 1
+    """Sampled answers a prompt, at temperature 1, for ``exact_match_sampled`` and ``patterns``."""
+    answer_pattern: str | None = None
+    """Regular expression with one group that finds the answer to compare; null compares all token ids."""
+    patterns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Named regular expressions; the share of answers that each finds is reported for sampled and real answers."""
+    batch_size: int = 64
+    """Sequences a batch of the log-prob pass."""
+    seed: int = 1234
+
+
+@dataclasses.dataclass(frozen=True)
+class SpinConfig:
+    iterations: int = 4
+    """Rounds of self-play, T."""
+    loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
+    """The pairwise loss, convex and decreasing (Assumption 5.1)."""
+    beta: PerIteration[float] = 0.1
+    """The paper's lambda: weight of the log-ratio margin."""
+    reuse_previous: bool = True
+    """From iteration 1 on, add the previous iteration's generations, scored again under the new opponent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    objective: Literal["spin", "sft"] = "spin"
+    """``sft`` trains by likelihood alone, without opponent or generation."""
+    epochs: PerIteration[int] = 2
+    steps: PerIteration[int | None] = None
+    """Steps an iteration, instead of ``epochs``."""
+    global_batch_size: int = 64
+    """Pairs (or, for ``sft``, sequences) an optimizer step."""
+    micro_batch_size: int = 4
+    """Pairs (or sequences) a forward pass on one data parallel rank."""
+    learning_rate: PerIteration[float] = 5.0e-7
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay to zero after the warm-up."""
+    warmup_fraction: float = 0.1
+    """Share of the steps in which the rate rises linearly from zero."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; the last step always writes one."""
+    seed: int = 0
+    """Seed of the order of pairs."""
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=lambda: {"optimizer": "adam", "clip_grad": 1.0, "weight_decay": 0.0})
+    """Any ``OptimizerConfig`` field; given keys are merged over the default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineConfig:
+    """SFT continued on the run's own data, to compare with."""
+
+    steps: int | Literal["same_steps", "same_sequences"] = "same_steps"
+    """A number, as many optimizer steps as SPIN's iterations together, or as many sequences (a pair is two)."""
+    learning_rate: float | None = None
+    """Peak learning rate; null: iteration 0's."""
+
+
+def _default_baselines() -> dict[str, BaselineConfig]:
+    return {"sft_continued": BaselineConfig("same_steps"), "sft_continued_2x": BaselineConfig("same_sequences")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str
+    """Name of the run; the run directory is ``runs/NAME`` unless ``--run-dir`` says otherwise."""
+    model: ModelConfig
+    data: DataConfig
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Megatron layer spec; auto: Transformer Engine where it is installed and the device is a GPU."""
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    generation: GenerationConfig = GenerationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    spin: SpinConfig = SpinConfig()
+    training: TrainingConfig = TrainingConfig()
+    baselines: dict[str, BaselineConfig] = dataclasses.field(default_factory=_default_baselines)
+    """Continued-SFT baselines by name; ``sft``, the model as it came, is always evaluated."""
+
+    @property
+    def iterations(self) -> int:
+        """Rounds to run: plain SFT is one."""
+        return self.spin.iterations if self.training.objective == "spin" else 1
+
+
+RESUMABLE = (
+    "name", "device", "parallel", "spin.iterations", "training.checkpoint_every", "training.micro_batch_size",
+    "generation.batch_size", "generation.vllm", "evaluation.batch_size", "baselines",
+)  # fmt: skip
+"""What may differ when a run directory is opened again; anything else would contradict what is already there."""
+
+
+def at_iteration(value: PerIteration[T], iteration: int) -> T:
+    """The value of a per-iteration setting in ``iteration``; a list that is too short goes on with its last value."""
+    if isinstance(value, list):
+        return typing.cast(T, value[min(iteration, len(value) - 1)])
+    return value
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads ``path``, applies ``key=value`` overrides (values are YAML) and checks everything that needs no other file.
+
+    Raises:
+        ConfigError: unreadable YAML, unknown key (names the nearest known one), wrong type, or a value outside its range.
+    """
+    try:
+        raw = yaml.load(path.read_text(), Loader=_Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist: give the path of a YAML file, see examples/configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read ({error}): give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config file {path} holds no mapping: its top level needs name, model and data, see examples/configs/")
+    for override in overrides:
+        _apply_override(raw, override)
+    return from_dict(raw)
+
+
+def from_dict(raw: dict[str, Any]) -> Config:
+    """Builds and checks a :class:`Config` from plain data; raises like :func:`load_config`."""
+    config = typing.cast(Config, _parse(Config, raw, ""))
+    _check(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that :func:`load_config` reads back to an equal :class:`Config`."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def changes_forbidden(path: Path, config: Config) -> list[str]:
+    """Dotted keys, outside :data:`RESUMABLE`, whose value in the resolved file ``path`` differs from ``config``'s."""
+    old, new = _flatten(dataclasses.asdict(load_config(path))), _flatten(dataclasses.asdict(config))
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [key for key in differing if not any(key == free or key.startswith(f"{free}.") for free in RESUMABLE)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 5e-7 for a string, since it has no dot; everybody who writes it means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not key=value: write for example spin.beta=0.2")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r} goes through {parent!r}, which is not a section: check the dots")
+        node = child
+    try:
+        node[last] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
+
+
+def _parse(kind: Any, value: Any, path: str) -> Any:
+    """Converts plain data into the annotated type ``kind``, naming ``path`` in every error."""
+    if dataclasses.is_dataclass(kind):
+        return _parse_section(typing.cast(type, kind), value, path)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _parse(option, value, path)
+            except ConfigError:
+                continue
+    elif origin is Literal:
+        if value in arguments and type(value) in {type(argument) for argument in arguments}:
+            return value
+    elif origin is list:
+        if isinstance(value, list) and value:
+            return [_parse(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {str(key): _parse(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    elif (
+        kind is Any
+        or (kind is type(None) and value is None)
+        or (isinstance(value, bool) and kind is bool)
+        or (kind in (int, str) and type(value) is kind)
+    ):
+        return value
+    elif kind is float and type(value) in (int, float):
+        return float(value)
+    raise ConfigError(f"{path}: {value!r} is not {_describe(kind)}")
+
+
+def _parse_section(kind: type, value: Any, path: str) -> Any:
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {value!r} is not a section with keys")
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    parsed = {}
+    for key, item in value.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
+            hint = f"did you mean {f'{path}.{nearest[0]}' if path else nearest[0]}?" if nearest else f"known keys: {', '.join(fields)}"
+            raise ConfigError(f"unknown config key {where}: {hint}")
+        parsed[key] = _parse(hints[key], item, where)
+    for name, field in fields.items():
+        if name not in parsed and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"config key {f'{path}.{name}' if path else name} is missing: it has no default")
+    if kind is TrainingConfig:
+        default = TrainingConfig().optimizer
+        parsed["optimizer"] = {**default, **parsed.get("optimizer", {})}
+    return kind(**parsed)
+
+
+def _describe(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_describe(option) for option in arguments))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is list:
+        return f"a list with a value an iteration ({_describe(arguments[0])})"
+    names: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return "a mapping" if origin is dict else names.get(kind, str(kind))
+
+
+def _check(config: Config) -> None:
+    """Rules that join values; each failure names the value, the rule and the remedy."""
+    parallel, training, spin, generation, data = config.parallel, config.training, config.spin, config.generation, config.data
+    positive: dict[str, PerIteration[Any]] = {
+        **{f"parallel.{name}": getattr(parallel, name) for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")},
+        "parallel.context_parallel_size": parallel.context_parallel_size,
+        "parallel.nproc_per_node": parallel.nproc_per_node,
+        "model.make_vocab_size_divisible_by": config.model.make_vocab_size_divisible_by,
+        **{f"training.{name}": getattr(training, name) for name in ("global_batch_size", "micro_batch_size", "checkpoint_every")},
+        **{f"training.{name}": getattr(training, name) for name in ("epochs", "steps", "learning_rate")},
+        **{f"spin.{name}": getattr(spin, name) for name in ("iterations", "beta")},
+        **{f"generation.{name}": getattr(generation, name) for name in ("max_new_tokens", "shard_size", "batch_size", "top_p")},
+        **{f"data.{name}": getattr(data, name) for name in ("max_length", "num_prompts", "max_prompt_length")},
+        **{f"evaluation.{name}": getattr(config.evaluation, name) for name in ("num_prompts", "samples", "batch_size")},
+    }
+    for key, value in positive.items():
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None and item <= 0:
+                raise ConfigError(f"{key}={item} must be greater than 0")
+    for item in generation.temperature if isinstance(generation.temperature, list) else [generation.temperature]:
+        if item <= 0:
+            raise ConfigError(f"generation.temperature={item} must be greater than 0: self-play samples the opponent, 1.0 is the method's")
+    if not 0 <= training.warmup_fraction <= 1:
+        raise ConfigError(f"training.warmup_fraction={training.warmup_fraction} must lie between 0 and 1")
+    if not 0 <= config.evaluation.held_out_fraction < 1:
+        raise ConfigError(f"evaluation.held_out_fraction={config.evaluation.held_out_fraction} must lie between 0 and 1")
+    if training.global_batch_size % training.micro_batch_size:
+        raise ConfigError(
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of "
+            f"training.micro_batch_size={training.micro_batch_size}: change one of them"
+        )
+    if data.prompt_limit >= data.max_length:
+        raise ConfigError(f"data.max_prompt_length={data.prompt_limit} leaves no room for an answer in data.max_length={data.max_length}")
+    if parallel.context_parallel_size > 1:
+        raise ConfigError(f"parallel.context_parallel_size={parallel.context_parallel_size} needs packed sequences, which are not there yet: use 1")
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1: set it to false")
+    if parallel.nproc_per_node is not None:
+        replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+        if parallel.nproc_per_node % replica and replica % parallel.nproc_per_node:
+            raise ConfigError(f"parallel.nproc_per_node={parallel.nproc_per_node} and the {replica} ranks of a model replica do not divide each other")
+    for name, pattern in {"answer_pattern": config.evaluation.answer_pattern, **config.evaluation.patterns}.items():
+        try:
+            groups = re.compile(pattern).groups if pattern is not None else 1
+        except re.error as error:
+            raise ConfigError(f"evaluation pattern {name}={pattern!r} is not a regular expression: {error}") from None
+        if name == "answer_pattern" and groups != 1:
+            raise ConfigError(f"evaluation.answer_pattern={pattern!r} has {groups} groups: it needs exactly one, around the answer")
+    for name in config.baselines:
+        if name == "sft" or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise ConfigError(f"baselines.{name}: the name must be letters, digits, '_', '.' or '-', and not sft, which is the model as it came")
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            flat.update(_flatten(item, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat

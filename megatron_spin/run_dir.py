@@ -1,0 +1,182 @@
+"""The run directory: where everything lies, and what is done. No torch.
+
+Every file that another phase reads is written under a temporary name and renamed, so that it is there whole or not at all; a phase is done
+when ``state.json`` says so, which is written last.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_spin.config import Config, changes_forbidden, to_yaml
+from megatron_spin.errors import RunDirError
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a temporary file beside ``path`` that replaces it when the block ends without an exception; else nothing changes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as indented JSON, whole or not at all."""
+    with atomic_writer(path) as file:
+        json.dump(value, file, indent=1, sort_keys=False, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of the run directory.
+
+    Raises:
+        RunDirError: it is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunDirError(f"{path} is missing: an earlier phase has not run; run tools/spin.sh, which runs all of them in order") from None
+    except json.JSONDecodeError as error:
+        raise RunDirError(f"{path} is not JSON ({error}): delete it and run the phase again") from None
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a phase works on: one self-play iteration, or one named baseline."""
+
+    root: Path
+    iteration: int | None = None
+    baseline: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The name behind the colon in a phase, for example ``0`` or ``sft_continued``."""
+        return str(self.iteration) if self.baseline is None else self.baseline
+
+    @property
+    def directory(self) -> Path:
+        return self.root / (f"iteration_{self.iteration}" if self.baseline is None else f"baselines/{self.baseline}")
+
+    @property
+    def generated(self) -> Path:
+        """Shards of generated answers with their manifests."""
+        return self.directory / "generated"
+
+    @property
+    def pairs(self) -> Path:
+        """The training pairs (``pairs.parquet``) and the opponent's scores of them."""
+        return self.directory / "pairs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Megatron torch_dist checkpoints, with the tracker file."""
+        return self.directory / "checkpoints"
+
+    @property
+    def hf(self) -> Path:
+        """The exported Hugging Face model."""
+        return self.directory / "hf"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.directory / "tensorboard"
+
+    @property
+    def metrics(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def eval(self) -> Path:
+        return self.directory / "eval.json"
+
+    @property
+    def done(self) -> Path:
+        """Marker that the whole iteration or baseline is finished."""
+        return self.directory / "DONE"
+
+
+class RunDir:
+    """Paths and state of one run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state.json"
+
+    @property
+    def data(self) -> Path:
+        """What prepare wrote: ``train.parquet``, ``eval.parquet`` and ``manifest.json``."""
+        return self.root / "data"
+
+    @property
+    def base(self) -> Path:
+        """The Megatron checkpoint imported from ``model.hf``."""
+        return self.root / "base"
+
+    def target(self, *, iteration: int | None = None, baseline: str | None = None) -> Target:
+        return Target(self.root, iteration, baseline)
+
+    def opponent_hf(self, config: Config, iteration: int) -> Path:
+        """Hugging Face directory of the opponent of ``iteration``: the model the run began with, then each previous export."""
+        return Path(config.model.hf) if iteration == 0 else self.target(iteration=iteration - 1).hf
+
+    def opponent_checkpoint(self, iteration: int) -> Path:
+        """Megatron checkpoint directory of the same weights, in the trainer's own precision."""
+        return self.base if iteration == 0 else self.target(iteration=iteration - 1).checkpoints
+
+    def open(self, config: Config) -> None:
+        """Creates the run directory, or checks that it belongs to this configuration and takes over what may change on resume.
+
+        Raises:
+            RunDirError: the directory holds a run whose results another configuration would contradict.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        text = to_yaml(config)
+        if self.config.exists():
+            if self.config.read_text() == text:
+                return
+            differing = changes_forbidden(self.config, config)
+            if differing:
+                raise RunDirError(
+                    f"{self.root} belongs to a run with other values of {', '.join(differing)}: restore them or choose another --run-dir"
+                )
+        with atomic_writer(self.config) as file:
+            file.write(text)
+
+    def is_done(self, phase: str) -> bool:
+        """Whether ``phase`` (``prepare``, ``import``, ``generate:0`` ...) has finished."""
+        return self.state.exists() and phase in read_json(self.state)["phases"]
+
+    def mark_done(self, phase: str, *, seconds: float, **details: Any) -> None:
+        """Records that ``phase`` has finished; the last thing a phase does. ``seconds`` of wall time and ``details`` (plain data) are kept."""
+        state = read_json(self.state) if self.state.exists() else {"phases": {}}
+        finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        state["phases"][phase] = {"finished": finished, "seconds": round(seconds, 3), **details}
+        write_json(self.state, state)
