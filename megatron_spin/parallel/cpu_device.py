@@ -1,0 +1,147 @@
+"""Megatron-Core on a CPU with gloo: the one file that knows Megatron's hard-coded CUDA calls.
+
+:func:`install` replaces, for the whole process, the few ``torch.cuda`` functions that Megatron calls, and must run before ``megatron.core``
+is imported, since names are bound there at import. :func:`megatron_region` covers what can only be covered around Megatron's own work
+(``device="cuda"`` keywords, comparisons with CUDA tensor types): it taxes every operation, so it stands around build, schedule, step and
+checkpoint only. On CUDA neither changes anything.
+"""
+
+import contextlib
+import importlib.metadata
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from packaging.specifiers import SpecifierSet
+from torch.overrides import TorchFunctionMode
+
+from megatron_spin.errors import DeviceError
+
+TESTED = SpecifierSet(">=0.16.1,<0.20", prereleases=True)
+"""Versions of megatron-core with which the replaced calls were checked."""
+GPU_ONLY = ("transformer_engine", "apex")
+"""Packages of CUDA kernels: where one is installed, Megatron prefers its optimizers and norms and fails on CPU tensors."""
+
+_installed = False
+
+
+def check_version() -> str:
+    """The installed megatron-core version.
+
+    Raises:
+        DeviceError: it is missing or outside :data:`TESTED`.
+    """
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        raise DeviceError("megatron-core is not installed: run `make setup`") from None
+    refuse_untested(version)
+    return version
+
+
+def refuse_untested(version: str) -> None:
+    """Raises :class:`DeviceError` for a megatron-core version outside :data:`TESTED` (0.20's pre-releases are outside)."""
+    if version not in TESTED:
+        raise DeviceError(f"megatron-core {version} is outside the tested range >=0.16.1,<0.20: install a version within it")
+
+
+def install() -> None:
+    """Makes this process a CPU one, for good; calling it again changes nothing.
+
+    Raises:
+        DeviceError: ``megatron.core`` is already imported without it, or its version was not tested.
+    """
+    global _installed
+    if _installed:
+        return
+    check_version()
+    if "megatron.core" in sys.modules:
+        raise DeviceError("megatron.core was imported before the CPU adapter: call megatron_spin.parallel.setup.choose_device first")
+    for name, replacement in _CUDA_FUNCTIONS.items():
+        setattr(torch.cuda, name, replacement)
+    for name in GPU_ONLY:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type] # an import of it now says that there is none
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+    _import_megatron_without_compiling()
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    _installed = True
+
+
+@contextlib.contextmanager
+def megatron_region() -> Iterator[None]:
+    """Stands around every call into Megatron that may create tensors or look at their types; free on CUDA."""
+    if not _installed:
+        yield
+        return
+    with _CpuForCuda():
+        yield
+
+
+class _CpuForCuda(TorchFunctionMode):
+    """Maps ``cuda`` devices to the CPU, drops pinning, and lets CPU tensors pass for CUDA ones where Megatron compares type names."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": "cpu"}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, torch.device) and device.type == "cuda")
+
+
+class _Stream:
+    """A CPU has one stream and it is always in order."""
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+# A function object each: torch._dynamo keeps a table by object, in which these names have different rules.
+_CUDA_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "current_device": lambda: "cpu",
+    "set_device": lambda *_: None,
+    "synchronize": lambda *_, **__: None,
+    "empty_cache": lambda: None,
+    "manual_seed": lambda seed: torch.manual_seed(seed),
+    "get_rng_state": lambda *_: torch.get_rng_state(),
+    "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+    "current_stream": lambda *_: _Stream(),
+    "default_stream": lambda *_: _Stream(),
+    "stream": lambda *_: contextlib.nullcontext(),
+    "Stream": lambda *_, **__: _Stream(),
+}
+
+
+def _import_megatron_without_compiling() -> None:
+    """Megatron's ``jit_fuser`` is ``torch.compile``, bound at import: on a CPU it costs a compiler run a function and changes rounding."""
+    compile_function = torch.compile
+
+    def as_it_is(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else (lambda inner: inner)
+
+    torch.compile = as_it_is  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a dozen times: Transformer Engine and Apex are not installed; announce() says it once
+            import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
+    finally:
+        torch.compile = compile_function
