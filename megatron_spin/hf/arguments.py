@@ -1,0 +1,55 @@
+"""The command line that both conversion tools share. No torch."""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+from megatron_spin.config import Config, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, load_config
+from megatron_spin.errors import ConfigError
+from megatron_spin.run_dir import RunDir
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the layout, and the config and run directory of a run whose phase this is."""
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="with torchrun: ranks a layer (default: 1)")
+    parser.add_argument(
+        "--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="with torchrun: pipeline stages (default: 1)"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="CONFIG", help="a run's YAML file: take model and precision from it, mark the phase done"
+    )
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="with --config: run directory (default: runs/NAME)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --config: overrides with dots")
+
+
+def read_run(arguments: argparse.Namespace) -> tuple[Config, RunDir] | None:
+    """Config and run directory (created, or checked) of ``--config``; None without.
+
+    Raises:
+        ConfigError: ``--run-dir`` or overrides without ``--config``, or a bad config.
+    """
+    if arguments.config is None:
+        if arguments.run_dir is not None or arguments.overrides:
+            raise ConfigError(f"{arguments.run_dir or ' '.join(arguments.overrides)}: --run-dir and overrides need --config CONFIG")
+        return None
+    config = load_config(arguments.config, arguments.overrides)
+    run_dir = RunDir(arguments.run_dir or Path("runs") / config.name)
+    if os.environ.get("RANK", "0") == "0":
+        run_dir.open(config)
+    return config, run_dir
+
+
+def conversion_config(arguments: argparse.Namespace, run: Config | None, *, hf_dir: Path, dtype: str) -> Config:
+    """The configuration to build the model with: the run's, or defaults, but ``hf_dir``, ``dtype`` and the command line's layout."""
+    sizes = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
+    if min(sizes) < 1:
+        raise ConfigError(f"parallel sizes {sizes[0]} and {sizes[1]} must be at least 1")
+    # A conversion reads no data, but every configuration names some.
+    base = run or Config(name="conversion", model=ModelConfig(hf=str(hf_dir)), data=DataConfig(path=""))
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, hf=str(hf_dir)),
+        parallel=ParallelConfig(tensor_model_parallel_size=sizes[0], pipeline_model_parallel_size=sizes[1]),
+        precision=PrecisionConfig(dtype="fp32" if dtype == "fp32" else "bf16"),
+    )

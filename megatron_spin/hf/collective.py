@@ -1,0 +1,38 @@
+"""What ranks must agree on: the first error, and what each of them holds."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_spin.errors import SpinError
+from megatron_spin.parallel.setup import ParallelDims
+
+T = TypeVar("T")
+
+
+def gather_objects(value: T, dims: ParallelDims, group: dist.ProcessGroup | None = None) -> list[T]:
+    """``value`` of every rank of ``group`` (None: all ranks), in rank order, on every rank."""
+    if dims.world_size == 1:
+        return [value]
+    gathered: list[T] = [value] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+@contextlib.contextmanager
+def raised_everywhere(dims: ParallelDims) -> Iterator[None]:
+    """Lets an error of one rank be raised by all, at the end of the block: no rank goes on into a collective that never ends.
+
+    The block must hold no collective. Of several errors the lowest rank's is raised. Only expected errors count: those of
+    :mod:`megatron_spin.errors` and OSError; a defect ends its rank at once.
+    """
+    error: SpinError | OSError | None = None
+    try:
+        yield
+    except (SpinError, OSError) as caught:
+        error = caught
+    for other in gather_objects(error, dims):
+        if other is not None:
+            raise other

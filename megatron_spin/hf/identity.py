@@ -1,0 +1,64 @@
+"""The identity of a model: a hash of its weights that does not depend on how they are stored or sharded. No Megatron."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+
+from megatron_spin.hf.files import DTYPES, TensorFiles, read_config
+
+_BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
+
+
+def is_buffer(name: str) -> bool:
+    """Whether ``name`` is a buffer that old checkpoints store but that follows from the config."""
+    return bool(_BUFFERS.search(name))
+
+
+def is_tied_copy(name: str, *, tied: bool) -> bool:
+    """Whether ``name`` is the output layer of a model that uses its embedding there."""
+    return tied and name == "lm_head.weight"
+
+
+def tensor_digest(tensor: torch.Tensor, dtype: str) -> str:
+    """sha256 of the bytes of ``tensor`` cast to ``dtype`` (``fp32`` or ``bf16``), row-major, hexadecimal."""
+    data = tensor.detach().to(device="cpu", dtype=DTYPES[dtype]).contiguous().reshape(-1)
+    # An empty tensor has no bytes to view.
+    return hashlib.sha256(data.view(torch.uint8).numpy().data if data.numel() else b"").hexdigest()
+
+
+class IdentityHasher:
+    """Collects tensors in any order and gives their common identity."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+        self._entries: dict[str, str] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> str:
+        """Takes in one tensor under its Hugging Face name; returns the digest of its bytes."""
+        digest = tensor_digest(tensor, self.dtype)
+        self._entries[name] = f"{name}\t{self.dtype}\t{'x'.join(map(str, tensor.shape))}\t{digest}\n"
+        return digest
+
+    def hexdigest(self) -> str:
+        """64 hexadecimal digits."""
+        return hashlib.sha256("".join(self._entries[name] for name in sorted(self._entries)).encode()).hexdigest()
+
+
+def identity(hf_dir: Path, dtype: str) -> str:
+    """Identity of the Hugging Face model in ``hf_dir`` with its weights cast to ``dtype`` (``fp32`` or ``bf16``): 64 hexadecimal digits.
+
+    Names, shapes and bytes count; buffers, a tied ``lm_head`` and the layout of the files do not. Streaming a Megatron model of the same
+    weights (:func:`megatron_spin.hf.export.export_hf`) gives the same digits at any parallel layout.
+
+    Raises:
+        CheckpointError: the directory has no readable safetensors.
+    """
+    tied = bool(read_config(hf_dir).get("tie_word_embeddings", False))
+    hasher = IdentityHasher(dtype)
+    with TensorFiles(hf_dir) as files:
+        for name in files.names:
+            if not is_buffer(name) and not is_tied_copy(name, tied=tied):
+                hasher.add(name, files.read(name))
+    return hasher.hexdigest()
