@@ -1,0 +1,131 @@
+"""Text to token ids. One function builds the prompt for generation and for training, so the two can never differ. No torch."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from megatron_spin.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Template = Literal["instruction", "chat", "none"]
+
+INSTRUCTION = "### Instruction: {prompt}\n\n### Response: "
+"""The paper's template."""
+
+_TOKENIZER_FILES = (
+    "tokenizer*", "*.model", "*.model.v*", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "chat_template*", "tekken.json",
+)  # fmt: skip
+
+
+def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a local Hugging Face directory; never asks a hub.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoTokenizer  # here, not above: it takes seconds, for which --help must not wait
+
+    if not tokenizer_files(hf_dir):
+        raise CheckpointError(f"{hf_dir} holds no tokenizer (tokenizer.json or tokenizer.model): copy the model's tokenizer files there")
+    try:
+        return AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
+    except Exception as error:  # each tokenizer class fails in its own way on a damaged file
+        problem = f"the tokenizer in {hf_dir} cannot be loaded ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{problem}: copy its files again") from None
+
+
+def tokenizer_files(hf_dir: Path) -> list[Path]:
+    """Files that define the tokenizer, sorted by name."""
+    return sorted({path for pattern in _TOKENIZER_FILES for path in Path(hf_dir).glob(pattern) if path.is_file()})
+
+
+def tokenizer_sha(hf_dir: Path) -> str:
+    """sha256 over names and bytes of the tokenizer's files, hexadecimal."""
+    digest = hashlib.sha256()
+    for path in tokenizer_files(hf_dir):
+        digest.update(f"{path.name}\t{path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def end_token_id(tokenizer: "PreTrainedTokenizerBase", end_token: str | None) -> int:
+    """Id of the token that ends an answer: ``end_token``, or the tokenizer's EOS where it is None.
+
+    Raises:
+        DataError: the tokenizer has no such token.
+    """
+    if end_token is None:
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                "the tokenizer has no EOS token and data.end_token is null: set data.end_token to the token that ends an answer"
+            )
+        return int(tokenizer.eos_token_id)
+    vocabulary = tokenizer.get_vocab()
+    if end_token not in vocabulary:
+        eos = f", or null for its EOS {tokenizer.eos_token!r}" if tokenizer.eos_token else ""
+        raise DataError(f"data.end_token={end_token!r} is not a token of the tokenizer: give one that is{eos}")
+    return int(vocabulary[end_token])
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", template: Template, prompt: str, system: str | None = None) -> list[int]:
+    """Token ids of ``prompt`` in ``template``, up to where the answer begins; BOS once, if the tokenizer or its chat template adds it.
+
+    ``system`` goes into the chat template as its own message; the other templates put it before the prompt, an empty line between.
+
+    Raises:
+        DataError: ``chat`` and the tokenizer has no chat template, or its template refuses these messages.
+    """
+    if template == "chat":
+        return _chat_ids(tokenizer, prompt, system)
+    text = prompt if system is None else f"{system}\n\n{prompt}"
+    return _with_leading_special_tokens(tokenizer, INSTRUCTION.format(prompt=text) if template == "instruction" else text)
+
+
+def answer_ids(tokenizer: "PreTrainedTokenizerBase", answer: str, end: int) -> list[int]:
+    """Token ids of ``answer`` on its own, no special tokens added, then the end token exactly once (also where the text brings it along).
+
+    The end token may still occur further in; :func:`ends_inside` tells.
+    """
+    ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    while ids and ids[-1] == end:
+        ids.pop()
+    return [*ids, end]
+
+
+def ends_inside(ids: list[int], end: int) -> bool:
+    """Whether the end token occurs before the last place: generation would have stopped there."""
+    return end in ids[:-1]
+
+
+def _chat_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str | None) -> list[int]:
+    if not tokenizer.chat_template:
+        raise DataError("data.template=chat, but the tokenizer has no chat template: use data.template=instruction or none")
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": prompt})
+    try:
+        # The template writes BOS itself; tokenizing inside apply_chat_template adds no second one.
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except Exception as error:  # jinja2 and the template's own raise_exception
+        problem = f"the tokenizer's chat template refuses a prompt ({type(error).__name__}: {error})"
+        raise DataError(f"{problem}: use another data.template") from None
+    return [int(token) for token in ids]
+
+
+def _with_leading_special_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """What the tokenizer puts before ``text`` (BOS) and ``text``, without what it would put behind (EOS, SEP): the answer comes there."""
+    full = list(tokenizer(text)["input_ids"])
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            ids = full[: start + len(plain)]
+            break
+    else:
+        raise DataError("the tokenizer does not keep a prompt in one piece when it adds special tokens: such tokenizers are not supported")
+    bos = tokenizer.bos_token_id
+    # A prompt text that already begins with BOS would otherwise get it twice.
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids

@@ -1,0 +1,120 @@
+"""tools/prepare.py: what it writes, and one clear line with status 2 for whatever is wrong with the input."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from megatron_spin.config import from_dict
+from megatron_spin.data.preparation import prepare
+from megatron_spin.data.prepared import load_rows
+from megatron_spin.errors import CheckpointError, ConfigError, DataError
+from megatron_spin.run_dir import read_json
+from tests.support.runs import run_tool
+from tests.support.tiny import BOS, EOS, SPECIAL, VOCABULARY, sft_rows, tiny_model, tiny_tokenizer, write_jsonl
+
+BOS_ID, EOS_ID = SPECIAL.index(BOS), SPECIAL.index(EOS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    tiny_model(directory)
+    return directory
+
+
+def raw(model, path, **data):
+    return {
+        "name": "t",
+        "model": {"hf": str(model)},
+        "data": {"path": str(path), "template": "none", "max_length": 32, **data},
+        "generation": {"max_new_tokens": 6},
+        "evaluation": {"held_out_fraction": 0.2, "num_prompts": None},
+    }
+
+
+def test_rows_limits_counts_and_split(model, tmp_path):
+    rows = [
+        *sft_rows(30),
+        sft_rows(1)[0],  # a prompt that came before
+        {"prompt": " ".join(["w1"] * 20), "response": "w2"},
+        {"prompt": "w1", "response": f"w2 {EOS} w3"},
+        {"prompt": "", "response": "w1"},
+        {"prompt": "w1", "response": EOS},
+    ]
+    config = from_dict(raw(model, write_jsonl(tmp_path / "d.jsonl", rows)))
+    prepared = prepare(config)
+    counts = prepared.manifest["counts"]
+    assert counts["dropped"] == {"empty_prompt": 1, "empty_answer": 1, "long_prompt": 1, "end_inside": 1}
+    assert (counts["read"], counts["duplicates"], counts["held_out"] + counts["kept"]) == (35, 1, 31)
+    assert counts["capped"] == sum(row.real_truncated for row in prepared.train + prepared.evaluation) > 0
+    train, held = ({tuple(row.prompt_ids) for row in part} for part in (prepared.train, prepared.evaluation))
+    assert not train & held
+    assert len(held) == 6
+    for row in prepared.train + prepared.evaluation:
+        assert row.prompt_ids.count(BOS_ID) == 1 and row.prompt_ids[0] == BOS_ID
+        assert len(row.real_ids) <= 6
+        assert (row.real_ids[-1] == EOS_ID) is not row.real_truncated
+        assert row.real_ids.count(EOS_ID) == (not row.real_truncated)
+        assert len(rows[row.index]["response"].split()) + 1 == len(row.real_ids) or row.real_truncated
+    assert prepare(config) == prepared
+
+
+def test_draw_is_by_seed_and_nested(model, tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", sft_rows(40))
+    few, more, other = (prepare(from_dict(raw(model, path, num_prompts=n, seed=s))).train for n, s in ((5, 0), (10, 0), (10, 1)))
+    assert few == more[:5]
+    assert len(more) == 10 and more != other
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"end_token": "<eot>"}, DataError, "'<eot>' is not a token of the tokenizer"),
+        ({"end_token": "<|end|>"}, DataError, r"generation_config.json stops generation on eos_token_id=2: set data.end_token"),
+        ({"max_length": 512}, ConfigError, "exceeds the model's max_position_embeddings=256"),
+        ({"max_prompt_length": 1}, DataError, "none of 20 rows is left to train on .20 prompt longer than 1 tokens"),
+    ],
+)
+def test_refused(model, tmp_path, change, error, message):
+    path = write_jsonl(tmp_path / "d.jsonl", sft_rows(20))
+    with pytest.raises(error, match=message):
+        prepare(from_dict(raw(model, path, **change)))
+
+
+def test_model_that_lacks_parts(model, tmp_path):
+    path, copy = write_jsonl(tmp_path / "d.jsonl", sft_rows(3)), tmp_path / "model"
+    shutil.copytree(model, copy)
+    config = read_json(copy / "config.json")
+    (copy / "config.json").write_text(json.dumps({**config, "vocab_size": VOCABULARY - 85}))
+    with pytest.raises(DataError, match="is not below the model's vocab_size=15"):
+        prepare(from_dict(raw(copy, path)))
+    (copy / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no config.json"):
+        prepare(from_dict(raw(copy, path)))
+    (copy / "config.json").write_text(json.dumps(config))
+    tiny_tokenizer(copy, eos=False)
+    with pytest.raises(DataError, match="the tokenizer has no EOS token"):
+        prepare(from_dict(raw(copy, path)))
+
+
+def test_command_line(model, tmp_path):
+    """A malformed line ends in one line and status 2 and leaves nothing; the corrected file then works; a rerun says that it is done."""
+    data, config, run = tmp_path / "d.jsonl", tmp_path / "c.yaml", tmp_path / "run"
+    write_jsonl(data, sft_rows(10))
+    good = data.read_text()
+    data.write_text(good + '{"prompt": "w1", "response"\n')
+    config.write_text(yaml.safe_dump(raw(model, data)))
+    arguments = (config, "--run-dir", run)
+    result = run_tool("prepare.py", *arguments, check=False)
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert f"error: {data} line 11 is not JSON" in result.stderr
+    assert not run.exists()
+    data.write_text(good)
+    result = run_tool("prepare.py", *arguments)
+    assert "prompts to train on" in result.stdout
+    assert len(load_rows(run / "data" / "train.parquet")) == 8
+    assert len(load_rows(run / "data" / "eval.parquet")) == 2
+    assert "already done" in run_tool("prepare.py", *arguments).stdout

@@ -1,0 +1,114 @@
+"""Reading SFT data: every format, and every way a file can be wrong."""
+
+import json
+
+import datasets
+import pytest
+
+from megatron_spin.data.reading import FORMATS, Sample, first_turn, read_samples
+from megatron_spin.errors import DataError
+from tests.support.tiny import write_jsonl
+
+ROWS = {
+    "prompt/response": [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}],
+    "instruction/input/output": [
+        {"instruction": "a", "input": "", "output": "b"},
+        {"instruction": "c", "input": "x", "output": "d"},
+    ],
+    "question/answer": [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}],
+    "messages": [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "more"}]},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]},
+    ],
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(tmp_path, name, suffix):
+    path = tmp_path / f"data.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(path, ROWS[name])
+    elif suffix == "json":
+        path.write_text(json.dumps(ROWS[name], indent=1))
+    else:
+        datasets.Dataset.from_list(ROWS[name]).to_parquet(str(path))
+    samples = read_samples(path)
+    assert (samples.read, samples.dropped, samples.format) == (2, {}, name)
+    second = {"instruction/input/output": Sample(1, "c\n\nx", "d"), "messages": Sample(1, "c", "d", "s")}.get(name, Sample(1, "c", "d"))
+    assert samples.rows == [Sample(0, "a", "b"), second]
+
+
+def test_json_lines_under_the_name_json_and_text_beyond_ascii(tmp_path):
+    path = tmp_path / "data.json"
+    text = "gr\u00fc\u00df\u2028 \U0001f600"
+    path.write_text(f'{{"prompt": "{text}", "response": "b"}}\n\n{{"prompt": "c", "response": "d"}}\n', encoding="utf-8")
+    assert read_samples(path).rows == [Sample(0, text, "b"), Sample(1, "c", "d")]
+
+
+def test_empty_ones_are_dropped_and_counted(tmp_path):
+    answers = [{"prompt": "a", "response": answer} for answer in ("b", "", None)]
+    samples = read_samples(write_jsonl(tmp_path / "d.jsonl", [*answers, {"prompt": " \n", "response": "b"}, {"prompt": "a"}]))
+    assert samples.rows == [Sample(0, "a", "b")]
+    assert samples.dropped == {"empty_prompt": 1, "empty_answer": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a", "response": "b"}\n\n{"prompt": "a", \n', r"d\.jsonl line 3 is not JSON"),
+        ('{"prompt": "a", "response": "b"}\n[1]\n', r"line 2 holds a list, not an object"),
+        ('{"prompt": "a", "response": "b"}\n{"prompt": 5, "response": "b"}\n', r"line 2: prompt is a number, not text"),
+        ('{"prompt": "a", "response": ["b"]}\n', r"line 1: response is a list, not text"),
+        ('{"instruction": "a", "input": {}, "output": "b"}\n', r"line 1: input is an object, not text"),
+        ('{"text": "a", "label": "b"}\n', r"has the columns text, label: it needs those of prompt/response or"),
+        ('{"prompt": "a"}\n', r"has the columns prompt:"),
+        ('{"messages": "a"}\n', r"line 1: messages is text, not a list"),
+        ('{"messages": [{"role": "user"}]}\n{"messages": [{"role": "user", "content": 5}]}\n', r"line 2: messages holds an object without"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', r"line 1: a message of role 'assistant' stands where"),
+        ("", "holds no rows"),
+        ("\n\n", "holds no rows"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, text, message):
+    path = tmp_path / "d.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_samples(path)
+
+
+def test_bad_bytes_are_named(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"prompt": "a", "response": "b"}\n{"prompt": "\xff", "response": "b"}\n')
+    with pytest.raises(DataError, match="line 2 is not UTF-8"):
+        read_samples(path)
+
+
+def test_bad_array_names_the_line(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text('[{"prompt": "a", "response": "b"},\n{"prompt": }]')
+    with pytest.raises(DataError, match="line 2 is not JSON"):
+        read_samples(path)
+
+
+def test_wrong_type_in_parquet_names_the_row(tmp_path):
+    path = tmp_path / "d.parquet"
+    datasets.Dataset.from_list([{"prompt": None, "response": "b"}, {"prompt": 5, "response": "b"}]).to_parquet(str(path))
+    with pytest.raises(DataError, match="row 1: prompt is a number, not text"):
+        read_samples(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("no.jsonl", "does not exist"), ("d.txt", "ends in .txt"), (".", "is not a file"), ("bad.parquet", "cannot be read")],
+)
+def test_bad_files(tmp_path, name, message):
+    for existing in ("d.txt", "bad.parquet"):
+        (tmp_path / existing).write_text("not what the name says")
+    with pytest.raises(DataError, match=message):
+        read_samples(tmp_path / name)
+
+
+def test_first_turn_of_an_unanswered_conversation_is_empty():
+    assert first_turn([{"role": "user", "content": "a"}], "here") == (None, "a", "")
+    assert first_turn([], "here") == (None, "", "")

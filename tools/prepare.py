@@ -1,0 +1,31 @@
+"""Reads, checks and tokenizes the SFT data once; everything later works on its output."""
+
+import time
+
+from megatron_spin import cli
+
+
+def main() -> None:
+    parser = cli.config_parser("Read, check and tokenize the SFT data into RUN_DIR/data, with a held-out part if the config asks for one.")
+    config, root = cli.read_config(parser.parse_args())
+
+    from megatron_spin.data.preparation import describe, prepare
+    from megatron_spin.run_dir import RunDir
+
+    run_dir = RunDir(root)
+    if run_dir.config.exists():
+        run_dir.open(config)
+    if run_dir.is_done("prepare"):
+        print("prepare already done")
+        return
+    started = time.monotonic()
+    prepared = prepare(config)
+    run_dir.open(config)  # only now: a typing error in data.path must not bind the directory to it
+    prepared.save(run_dir.data)
+    manifest = prepared.manifest
+    print(describe(manifest, config))
+    run_dir.mark_done("prepare", seconds=time.monotonic() - started, identity=manifest["identity"], prompts=manifest["counts"]["kept"])
+
+
+if __name__ == "__main__":
+    cli.run(main)
