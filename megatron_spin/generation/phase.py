@@ -1,0 +1,149 @@
+"""The generation phase of one iteration: the opponent answers every prompt, shard by shard, then the training pairs are written."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_spin.config import Config, at_iteration
+from megatron_spin.data.pairs import Pair, build_pairs, previous_pairs, save_pairs
+from megatron_spin.data.prepared import Row, hash_rows, load_rows
+from megatron_spin.errors import ConfigError, RunDirError
+from megatron_spin.generation.engine import EngineSettings, answer_caps, open_session
+from megatron_spin.generation.shards import Origin, Shard, ShardStore, plan_shards
+from megatron_spin.hf.identity import identity
+from megatron_spin.run_dir import RunDir, read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The settings of ``generation`` in one iteration."""
+
+    engine: Any
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    shard_size: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: Config, iteration: int) -> "Sampling":
+        return cls(**{field.name: at_iteration(getattr(config.generation, field.name), iteration) for field in dataclasses.fields(cls)})
+
+
+def generate_iteration(config: Config, run_dir: RunDir, iteration: int) -> dict[str, Any]:
+    """Generates what is missing of ``iteration`` and writes its pairs; returns details for ``state.json``.
+
+    Raises:
+        ConfigError: the configuration has no such iteration.
+        RunDirError: an earlier phase has not run, or what is there came from another opponent, other data or other settings.
+        CheckpointError, DeviceError: the opponent cannot be read, or the engine cannot run it.
+        DataError: no pair is left.
+    """
+    if not 0 <= iteration < config.iterations or config.training.objective != "spin":
+        raise ConfigError(
+            f"iteration {iteration} has nothing to generate: the config has spin.iterations={config.spin.iterations} (0 to "
+            f"{config.spin.iterations - 1}) and training.objective={config.training.objective}"
+        )
+    rows, data = _rows(run_dir)
+    opponent = _opponent(config, run_dir, iteration)
+    sampling, manifest = Sampling.of(config, iteration), read_json(run_dir.data / "manifest.json")
+    settings = {
+        **dataclasses.asdict(sampling),
+        "max_length": config.data.max_length,
+        "end_token_id": manifest["end_token_id"],
+        "dtype": config.precision.export_dtype,
+    }
+    target = run_dir.target(iteration=iteration)
+    store = ShardStore(target.generated, Origin(opponent, data, iteration, settings))
+    shards = plan_shards(rows, shard_size=sampling.shard_size, seed=sampling.seed, iteration=iteration)
+    store.clean()
+    missing = [shard for shard in shards if not store.is_done(shard)]
+    tokens, seconds = _generate(config, run_dir, iteration, store, missing, total=len(rows)) if missing else (0, 0.0)
+
+    previous: list[Pair] = []
+    if config.spin.reuse_previous and iteration > 0:
+        previous = previous_pairs(run_dir.target(iteration=iteration - 1).pairs, iteration=iteration - 1, data=data)
+    truncated = at_iteration(config.generation.truncated, iteration)
+    built = build_pairs(store.read(shards), iteration=iteration, truncated=truncated, previous=previous)
+    pairs = save_pairs(target.pairs, built, opponent=opponent, data=data)
+    print(f"{pairs['num_pairs']} pairs: " + ", ".join(f"{count} {name}" for name, count in built.counts.items()))
+    return {
+        "opponent": opponent,
+        "pairs": pairs["identity"],
+        "num_pairs": pairs["num_pairs"],
+        "shards": len(shards),
+        "generated_now": len(missing),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+    }
+
+
+def _rows(run_dir: RunDir) -> tuple[list[Row], str]:
+    """The prepared rows and their identity, checked."""
+    manifest = read_json(run_dir.data / "manifest.json")
+    rows = load_rows(run_dir.data / "train.parquet")
+    if hash_rows(rows) != manifest["identity"]:
+        raise RunDirError(f"{run_dir.data / 'train.parquet'} is not what its manifest.json says: use a new --run-dir and prepare again")
+    return rows, manifest["identity"]
+
+
+def _opponent(config: Config, run_dir: RunDir, iteration: int) -> str:
+    """Identity of the opponent, which must be what the previous iteration exported."""
+    hf = run_dir.opponent_hf(config, iteration)
+    if iteration > 0 and not hf.is_dir():
+        raise RunDirError(f"{hf} does not exist: iteration {iteration - 1} must be trained and exported first; run tools/spin.sh")
+    found = identity(hf, config.precision.export_dtype)
+    phases = read_json(run_dir.state)["phases"] if run_dir.state.exists() else {}
+    exported = phases.get(f"export:{iteration - 1}", {}).get("identity")
+    if exported is not None and found != exported:
+        raise RunDirError(
+            f"the opponent {hf} is {found[:12]}..., but iteration {iteration - 1} exported {exported[:12]}...: its weights were changed "
+            "since; export again"
+        )
+    return found
+
+
+def _generate(config: Config, run_dir: RunDir, iteration: int, store: ShardStore, missing: list[Shard], *, total: int) -> tuple[int, float]:
+    """Generates and writes each shard of ``missing`` of ``total`` prompts; returns tokens and seconds, the engine's start not counted."""
+    sampling: dict[str, Any] = store.origin.settings
+    target = run_dir.target(iteration=iteration)
+    target.generated.mkdir(parents=True, exist_ok=True)
+    settings = EngineSettings(
+        engine=sampling["engine"],
+        hf_dir=Path(run_dir.opponent_hf(config, iteration)),
+        dtype="fp32" if sampling["dtype"] == "fp32" else "bf16",
+        end_token_id=sampling["end_token_id"],
+        max_length=sampling["max_length"],
+        device=config.device,
+        batch_size=at_iteration(config.generation.batch_size, iteration),
+        vllm=at_iteration(config.generation.vllm, iteration),
+        log=target.generated / "vllm.log",
+    )
+    done = total - sum(len(shard.rows) for shard in missing)
+    tokens = 0
+    print(f"starting {settings.engine} on {settings.hf_dir}", flush=True)
+    with open_session(settings) as session, tqdm(total=total, initial=done, desc=f"generate {iteration}", unit="prompt") as bar:
+        started = time.monotonic()
+
+        def progress(prompts: int, new_tokens: int) -> None:
+            nonlocal tokens
+            tokens += new_tokens
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
+            bar.update(prompts)
+
+        for shard in missing:
+            prompts = [row.prompt_ids for row in shard.rows]
+            caps = answer_caps(prompts, max_new_tokens=sampling["max_new_tokens"], max_length=sampling["max_length"])
+            completions = session.generate(
+                prompts,
+                max_new_tokens=caps,
+                temperature=sampling["temperature"],
+                top_p=sampling["top_p"],
+                seed=shard.seed,
+                progress=progress,
+            )
+            store.write(shard, completions)
+        return tokens, time.monotonic() - started

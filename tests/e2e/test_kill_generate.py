@@ -1,0 +1,90 @@
+"""Generation killed at random moments and run again gives the very shards that an undisturbed run gives."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_spin.data.pairs import load_pairs
+from megatron_spin.run_dir import RunDir, read_json, sha256
+from tests.support.runs import command, environment, run_tool, tiny_yaml
+
+KILLS = 3
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+def shards(run: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in (run / "iteration_0" / "generated").glob("shard_*")}
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in found.stdout.split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_killed_and_run_again(tmp_path, engine):
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    config = tiny_yaml(tmp_path, generation={"engine": engine, "max_new_tokens": 10, "shard_size": 4, "batch_size": 4})
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for run in (whole, killed):
+        run_tool("prepare.py", config, "--run-dir", run)
+    started = time.monotonic()
+    subprocess.run(command("generate.py", config, "--run-dir", whole, "--iteration", 0), check=True, env=environment(**ENVIRONMENT))
+    seconds = time.monotonic() - started
+
+    for _ in range(KILLS):
+        process = subprocess.Popen(command("generate.py", config, "--run-dir", killed, "--iteration", 0), env=environment(**ENVIRONMENT))
+        # The second half of a run is where shards come to be: the first is imports.
+        deadline = time.monotonic() + seconds * chance.uniform(0.4, 1.0)
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        with_children = children(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        print(f"killed with {len(shards(killed))} files there and {len(with_children)} child processes")
+        wait = time.monotonic() + 10
+        while any(alive(pid) for pid in with_children) and time.monotonic() < wait:
+            time.sleep(0.1)
+        assert not any(alive(pid) for pid in with_children), "the engine's process outlived the one that was killed"
+    subprocess.run(command("generate.py", config, "--run-dir", killed, "--iteration", 0), check=True, env=environment(**ENVIRONMENT))
+    assert len(shards(whole)) == 20  # 10 shards of 4 prompts, each with its manifest
+    assert shards(killed) == shards(whole)
+    (pairs, manifest), (_, expected) = (load_pairs(RunDir(run).target(iteration=0).pairs) for run in (killed, whole))
+    assert manifest == expected
+    assert sorted(pair.index for pair in pairs) == list(range(read_json(killed / "data" / "manifest.json")["counts"]["kept"]))
+
+
+@pytest.mark.parametrize("moment", ["within the answers", "before their manifest", "before the pairs"])
+def test_killed_in_the_middle_of_a_write(tmp_path, moment):
+    """The three places in a shard's life where a random kill seldom falls."""
+    config, run = tiny_yaml(tmp_path, generation={"engine": "hf", "max_new_tokens": 10, "shard_size": 16}), tmp_path / "run"
+    run_tool("prepare.py", config, "--run-dir", run)
+    run_tool("generate.py", config, "--run-dir", run, "--iteration", 0)
+    expected, directory = shards(run), run / "iteration_0" / "generated"
+    pairs = (run / "iteration_0" / "pairs" / "manifest.json").read_bytes()
+    if moment != "before the pairs":
+        (directory / "shard_00002.json").unlink()
+    if moment == "within the answers":
+        answers = directory / "shard_00002.jsonl"
+        (directory / ".shard_00002.jsonl.99.tmp").write_bytes(answers.read_bytes()[:100])
+        answers.unlink()
+    (run / "iteration_0" / "pairs" / "manifest.json").unlink()
+    (run / "state.json").write_text('{"phases": {}}')
+    run_tool("generate.py", config, "--run-dir", run, "--iteration", 0)
+    assert shards(run) == expected
+    assert (run / "iteration_0" / "pairs" / "manifest.json").read_bytes() == pairs
+    assert not list(directory.glob(".*"))
