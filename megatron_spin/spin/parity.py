@@ -1,0 +1,132 @@
+"""The conversion gate: the Hugging Face model must give the Megatron model's log-probs, token by token, before anyone uses it."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from megatron_spin.data.batches import Example, collate, sequence_length
+from megatron_spin.errors import CheckpointError, GateError
+from megatron_spin.hf.logps import TokenIds, hf_token_logps, load_model
+from megatron_spin.parallel.setup import ParallelDims
+from megatron_spin.spin.schedule import run_schedule
+from megatron_spin.spin.step import probe_forward_step
+
+PROBE_FILE = "probe.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """Largest absolute differences of a token's log-prob, in nats, that rounding explains."""
+
+    mean: float
+    largest: float
+
+
+BOUNDS = {"fp32": Bound(mean=1e-4, largest=1e-4), "bf16": Bound(mean=0.02, largest=0.5)}
+"""fp32: only the order of sums differs. bf16: two implementations round every activation differently (8 bits of mantissa), and a rare,
+improbable token moves most; a wrongly mapped weight moves the mean by far more than 0.02."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Sequences and the trainer's log-probs of their answers. Everything is aligned to ``input_ids``: position t speaks of token t."""
+
+    input_ids: torch.Tensor
+    """[n, s] int64: prompt, answer, padding."""
+    response_mask: torch.Tensor
+    """[n, s] int64: 1 on the answer's tokens."""
+    token_logps: torch.Tensor
+    """[n, s] fp32: log p(input_ids[t] | input_ids[:t]) in nats where ``response_mask`` is 1, else 0."""
+
+    def save(self, path: Path) -> None:
+        """Writes the probe as safetensors, whole or not at all."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file({field.name: getattr(self, field.name).contiguous().cpu() for field in dataclasses.fields(self)}, temporary)
+        temporary.rename(path)
+
+    @staticmethod
+    def load(path: Path) -> "Probe":
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: the file is corrupted or lacks a tensor.
+        """
+        try:
+            tensors = load_file(path)
+            return Probe(**{field.name: tensors[field.name] for field in dataclasses.fields(Probe)})
+        except (SafetensorError, OSError, KeyError) as error:
+            raise CheckpointError(f"{path} is no probe ({error}): delete it, then a random one is used") from None
+
+    def sequences(self) -> list[tuple[TokenIds, TokenIds]]:
+        """(prompt ids, response ids) of each row."""
+        rows = []
+        for tokens, mask in zip(self.input_ids, self.response_mask.bool(), strict=True):
+            start = int(mask.int().argmax())
+            rows.append((tokens[:start].tolist(), tokens[mask].tolist()))
+        return rows
+
+
+def random_sequences(hf_config: dict[str, Any], *, number: int = 4, length: int = 64, seed: int = 0) -> list[tuple[TokenIds, TokenIds]]:
+    """Uniformly random tokens, the first of each sequence as its prompt; longer than a short sliding window, so that the window counts."""
+    window = hf_config.get("sliding_window")
+    if isinstance(window, int) and window < 1024:
+        length = max(length, window + 32)
+    length = min(length, hf_config.get("max_position_embeddings", length))
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(hf_config["vocab_size"], (number, length), generator=generator).tolist()
+    return [(row[:1], row[1:]) for row in tokens]
+
+
+def megatron_probe(model: Sequence[torch.nn.Module], sequences: Sequence[tuple[TokenIds, TokenIds]], *, dims: ParallelDims) -> Probe:
+    """Runs ``sequences`` through the Megatron model, one microbatch, and gives the probe on every rank; a collective.
+
+    Args:
+        model: this rank's chunks, its padded vocabulary masked (:func:`megatron_spin.spin.logps.mask_padding`).
+        sequences: (prompt ids, response ids) each; at least one prompt token.
+    """
+    examples = [Example(prompt, (response,)) for prompt, response in sequences]
+    batch = collate(examples, length=sequence_length(examples, multiple=dims.tp_size), device=dims.device)
+    results = run_schedule(probe_forward_step(), model, [batch], forward_only=True)
+    # Labels are one token ahead of inputs; the probe speaks of the tokens themselves, so everything moves right by one.
+    input_ids = torch.cat([batch.input_ids[:, :1], batch.labels], dim=1)
+    response_mask = torch.nn.functional.pad(batch.response_mask.long(), (1, 0))
+    logps = torch.zeros(input_ids.shape, dtype=torch.float32, device=dims.device)
+    if results and dims.tp_rank == 0 and dims.dp_rank == 0:
+        logps[:, 1:] = torch.where(batch.response_mask > 0, results[0], 0.0)
+    dist.all_reduce(logps)  # one rank has them, the others add zeros
+    return Probe(input_ids.cpu(), response_mask.cpu(), logps.cpu())
+
+
+def check_parity(hf_dir: Path, probe: Probe, *, dtype: str, bound: Bound, device: torch.device, batch_size: int = 4) -> dict[str, float]:
+    """Compares ``probe`` with the transformers model in ``hf_dir``, run in ``dtype``; returns mean and largest difference in nats.
+
+    Raises:
+        GateError: they differ by more than ``bound``; the message names the largest difference and where it is.
+        CheckpointError: transformers cannot load ``hf_dir``.
+    """
+    model = load_model(hf_dir, dtype=dtype, device=device)
+    sequences = probe.sequences()
+    logps = hf_token_logps(model, sequences, batch_size=batch_size, device=device)
+    differences = [
+        (row_logps - expected[mask]).abs()
+        for row_logps, expected, mask in zip(logps, probe.token_logps, probe.response_mask.bool(), strict=True)
+    ]
+    together = torch.cat(differences)
+    # NaN compares false with everything: it must count as the largest difference, not as none.
+    together = torch.where(together.isnan(), torch.inf, together)
+    mean, largest = float(together.mean()), float(together.max())
+    if mean <= bound.mean and largest <= bound.largest:
+        return {"mean_difference": mean, "largest_difference": largest}
+    row = max(range(len(differences)), key=lambda i: float(torch.where(differences[i].isnan(), torch.inf, differences[i]).max()))
+    position = int(torch.where(differences[row].isnan(), torch.inf, differences[row]).argmax())
+    raise GateError(
+        f"the Hugging Face model {hf_dir} and the Megatron model differ by {largest:.3g} nats a token (mean {mean:.3g}; allowed "
+        f"{bound.largest:g}, mean {bound.mean:g}), most at answer token {position} of sequence {row}: weights or config.json were altered, "
+        "or a model.transformer setting has no Hugging Face form"
+    )

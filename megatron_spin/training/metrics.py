@@ -1,0 +1,68 @@
+"""What a step reports: ``metrics.jsonl``, tensorboard and one progress line."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from megatron_spin.run_dir import atomic_writer
+
+PAIR_METRICS = ("loss", "margin", "accuracy", "real_logps", "generated_logps", "real_reward", "generated_reward")
+"""Averages over the pairs of a step that the SPIN step reports; the SFT step reports the two below, the rest are null."""
+SFT_METRICS = ("loss", "real_logps")
+
+
+class MetricsWriter:
+    """Appends one object a step; on resume it first drops the steps that will be done again, so that no step is there twice."""
+
+    def __init__(self, jsonl: Path, tensorboard: Path, *, step: int, total: int, label: str, enabled: bool) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        kept = [line for line in _complete_lines(jsonl) if json.loads(line)["step"] <= step]
+        with atomic_writer(jsonl) as file:
+            file.writelines(f"{line}\n" for line in kept)
+        self._file = open(jsonl, "a")  # noqa: SIM115 (closed in __exit__)
+        self._tensorboard = SummaryWriter(str(tensorboard), purge_step=step + 1)
+        self._bar = tqdm(total=total, initial=step, desc=label, unit="step")
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.enabled:
+            self._file.close()
+            self._tensorboard.close()
+            self._bar.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes the row of one step; the keys of the contract, ``step`` from 1."""
+        if not self.enabled:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._tensorboard.add_scalar(name, value, row["step"])
+        shown = {"loss": "loss", "margin": "margin", "accuracy": "acc", "real_logps": "real logps", "generated_logps": "generated logps"}
+        postfix = {label: f"{row[name]:.4g}" for name, label in shown.items() if row[name] is not None}
+        self._bar.set_postfix({**postfix, "tok/s": f"{row['tokens'] / row['seconds']:.0f}"}, refresh=False)
+        self._bar.update()
+
+    def sync(self) -> None:
+        """Makes what was written durable; called before a checkpoint that counts on it."""
+        if self.enabled:
+            os.fsync(self._file.fileno())
+            self._tensorboard.flush()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The whole JSON lines of a file whose last line a kill may have cut."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [line for line in lines[:-1] if line]  # what follows the last newline is cut

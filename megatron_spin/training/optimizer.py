@@ -1,0 +1,92 @@
+"""Megatron's optimizer from the configuration, and the learning rate as a pure function of the step."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_spin.config import Config
+from megatron_spin.errors import ConfigError
+from megatron_spin.parallel.cpu_device import megatron_region
+from megatron_spin.parallel.setup import ParallelDims
+
+OPTIMIZERS = ("adam", "sgd")
+
+
+def learning_rate(step: int, *, total: int, peak: float, schedule: str, warmup_fraction: float) -> float:
+    """Rate of optimizer step ``step`` (from 0) of ``total``: linear warm-up that reaches ``peak``, then decay to zero.
+
+    The first step already moves (a rate of zero would waste it), and so does the last.
+    """
+    warmup = math.ceil(warmup_fraction * total)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if schedule == "linear":
+        return peak * (1 - progress)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
+    """Sets ``rate`` in every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_mult", 1.0)
+
+
+def distributed_optimizer(config: Config) -> bool:
+    """Whether the optimizer state is sharded: as configured, but only for Adam, the one that Megatron's DistributedOptimizer takes."""
+    return config.parallel.use_distributed_optimizer and config.training.optimizer["optimizer"] == "adam"
+
+
+def optimizer_config(config: Config, *, learning_rate: float) -> OptimizerConfig:
+    """``training.optimizer`` as Megatron's OptimizerConfig.
+
+    Raises:
+        ConfigError: an unknown field, or an optimizer that is not there.
+    """
+    given = dict(config.training.optimizer)
+    if given["optimizer"] not in OPTIMIZERS:
+        raise ConfigError(f"training.optimizer.optimizer={given['optimizer']!r} is not there: choose one of {', '.join(OPTIMIZERS)}")
+    bf16 = config.precision.dtype == "bf16"
+    ours = {"lr": learning_rate, "bf16": bf16, "params_dtype": torch.bfloat16 if bf16 else torch.float32}
+    defaults = {"min_lr": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "use_distributed_optimizer": distributed_optimizer(config)}
+    return _megatron_config(OptimizerConfig, {**defaults, **given, **ours}, "training.optimizer")
+
+
+def wrap_and_optimize(
+    model: Sequence[torch.nn.Module], config: Config, *, dims: ParallelDims, learning_rate: float
+) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
+    """Megatron's DistributedDataParallel around each chunk, and the optimizer of its gradients.
+
+    Sets the hooks without which sequence-parallel norms and tied embeddings silently get wrong gradients.
+    """
+    with megatron_region():
+        given = {"grad_reduce_in_fp32": True, **config.parallel.ddp, "use_distributed_optimizer": distributed_optimizer(config)}
+        for chunk in model:
+            chunk.config.calculate_per_token_loss = True  # the gradient is divided by the number of pairs (or tokens) of the global batch
+        ddp_config = _megatron_config(DistributedDataParallelConfig, given, "parallel.ddp")
+        wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in model]
+        optimizer = get_megatron_optimizer(optimizer_config(config, learning_rate=learning_rate), wrapped)
+        for chunk in wrapped:
+            chunk.config.finalize_model_grads_func = finalize_model_grads
+            chunk.config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [part.no_sync for part in wrapped]
+            chunk.config.grad_scale_func = optimizer.scale_loss
+    return wrapped, optimizer
+
+
+def _megatron_config(kind: Any, values: dict[str, Any], section: str) -> Any:
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{section}.{name} is not a field of Megatron's {kind.__name__}: check its spelling")
+    try:
+        return kind(**values)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ConfigError(f"{section}: Megatron's {kind.__name__} refuses it: {error}") from error

@@ -1,0 +1,203 @@
+"""The training phase through its command line: resumption, kills, gates, bad input."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from megatron_spin.run_dir import sha256
+from tests.support.runs import REPOSITORY, command, environment, metrics, run_tool
+
+STEPS = 5  # 40 pairs, 8 a step, one epoch
+
+
+def train(config, run, *overrides, check=True, ranks=1):
+    return run_tool("train.py", config, "--run-dir", run, "--iteration", 0, *overrides, check=check, ranks=ranks)
+
+
+def weights(run):
+    """SHA-256 of the final checkpoint's tensor files."""
+    sums = json.loads((run / f"iteration_0/checkpoints/iter_{STEPS:07d}/checksums.json").read_text())
+    return {name: value for name, value in sums.items() if name.endswith(".distcp")}
+
+
+def one_line(result):
+    assert result.returncode in (1, 2), result.stderr[-3000:]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr[-3000:]
+    return errors[0]
+
+
+def test_first_loss_is_loss_of_zero_and_the_rows_hold_the_contract(trained):
+    _, run = trained
+    rows = metrics(run / "iteration_0/metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    keys = "step loss margin accuracy real_logps generated_logps real_reward generated_reward grad_norm learning_rate tokens pairs"
+    assert set(keys.split()) <= rows[0].keys()
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert rows[-1]["margin"] > 0 and rows[-1]["loss"] < rows[0]["loss"]
+    assert any((run / "iteration_0/tensorboard").iterdir())
+    assert "train:0" in json.loads((run / "state.json").read_text())["phases"]
+
+
+def test_done_is_done(trained):
+    config, run = trained
+    before = sha256(run / "iteration_0/metrics.jsonl")
+    assert "already done" in train(config, run).stdout
+    assert sha256(run / "iteration_0/metrics.jsonl") == before
+
+
+@pytest.mark.parametrize("seed", [os.environ.get("SPIN_KILL_SEED", str(random.SystemRandom().randrange(10**6)))])
+def test_kill_9_at_three_random_moments_then_the_same_result_bit_for_bit(fresh, trained, seed):
+    print(f"SPIN_KILL_SEED={seed}")
+    config, run = fresh
+    draw = random.Random(int(seed))
+    for _ in range(3):
+        process = subprocess.Popen(
+            command("train.py", config, "--run-dir", run, "--iteration", 0),
+            env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        path, rows, target = run / "iteration_0/metrics.jsonl", 0, draw.randrange(0, STEPS)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and rows < target and time.monotonic() < deadline:  # a moment is a step reached, not a time
+            rows = len(path.read_text().splitlines()) if path.exists() else 0
+            time.sleep(0.005)
+        time.sleep(draw.random() * 0.2)  # and anywhere within it: forward, checkpoint, rename
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    train(config, run)
+    assert metrics(run / "iteration_0/metrics.jsonl") == metrics(trained[1] / "iteration_0/metrics.jsonl")
+    assert weights(run) == weights(trained[1])
+
+
+def stop_after(run, step):
+    """Makes a finished run one that was stopped after the checkpoint of ``step``."""
+    (run / "iteration_0/checkpoints/latest_checkpointed_iteration.txt").write_text(str(step))
+    shutil.rmtree(run / f"iteration_0/checkpoints/iter_{STEPS:07d}")
+    state = json.loads((run / "state.json").read_text())
+    del state["phases"]["train:0"]
+    (run / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_resumed_equals_uninterrupted_even_without_the_score_cache(trained, tmp_path, lost):
+    config, finished = trained
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    stop_after(run, 2)
+    if lost:
+        for file in (run / "iteration_0/pairs").glob("scores.*"):
+            file.unlink()
+    result = train(config, run)
+    assert f"resumed from step 2 of {STEPS}" in result.stdout
+    assert metrics(run / "iteration_0/metrics.jsonl") == metrics(finished / "iteration_0/metrics.jsonl")
+    assert weights(run) == weights(finished)
+
+
+@pytest.mark.parametrize("ranks_and_layout", [(2, "parallel.tensor_model_parallel_size=2"), (2, "parallel.pipeline_model_parallel_size=2")])
+def test_another_layout_trains_alike_and_resumes_a_run_of_one_process(fresh, trained, tmp_path, ranks_and_layout):
+    ranks, layout = ranks_and_layout
+    config, run = fresh
+    expected = metrics(trained[1] / "iteration_0/metrics.jsonl")
+    train(config, run, layout, ranks=ranks)
+    actual = metrics(run / "iteration_0/metrics.jsonl")
+    assert [row["loss"] for row in actual] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(trained[1], resumed)
+    stop_after(resumed, 4)
+    train(config, resumed, layout, ranks=ranks)
+    actual = metrics(resumed / "iteration_0/metrics.jsonl")
+    assert actual[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-4)
+
+
+def tamper_with_scores(run, amount):
+    """Adds ``amount`` nats to all real scores, with a manifest that believes them."""
+    pairs = run / "iteration_0/pairs"
+    tensors = safetensors.numpy.load_file(pairs / "scores.safetensors")
+    tensors["real_logps"] = tensors["real_logps"] + np.float32(amount)
+    safetensors.numpy.save_file(tensors, pairs / "scores.safetensors")
+    manifest = json.loads((pairs / "scores.json").read_text())
+    manifest["sha256"] = sha256(pairs / "scores.safetensors")
+    (pairs / "scores.json").write_text(json.dumps(manifest))
+
+
+def test_tampered_scores_stop_the_run(fresh, trained):
+    config, run = fresh
+    caught = None
+    for amount in (1e-1, 1e-2, 1e-3, 1e-4):
+        for file in (trained[1] / "iteration_0/pairs").glob("scores.*"):
+            shutil.copy(file, run / "iteration_0/pairs")
+        tamper_with_scores(run, amount)
+        result = train(config, run, check=False)
+        if result.returncode == 0:
+            break
+        assert "opponent's score of pair" in one_line(result)
+        assert not (run / "iteration_0/metrics.jsonl").exists()
+        caught = amount
+    print(f"smallest tampering of the opponent's scores that was caught: {caught} nats")
+    assert caught is not None and caught <= 1e-2
+
+
+def test_scores_altered_without_their_manifest_are_named(fresh, trained):
+    config, run = fresh
+    for file in (trained[1] / "iteration_0/pairs").glob("scores.*"):
+        shutil.copy(file, run / "iteration_0/pairs")
+    data = bytearray((run / "iteration_0/pairs/scores.safetensors").read_bytes())
+    data[-1] ^= 1
+    (run / "iteration_0/pairs/scores.safetensors").write_bytes(data)
+    assert "altered after scoring" in one_line(train(config, run, check=False))
+
+
+def test_wrong_opponent_stops_the_run(fresh):
+    config, run = fresh
+    manifest = run / "iteration_0/pairs/manifest.json"
+    content = json.loads(manifest.read_text())
+    content["opponent"] = ("0" if content["opponent"][0] != "0" else "1") + content["opponent"][1:]  # one digit is enough
+    manifest.write_text(json.dumps(content))
+    assert "was generated by opponent" in one_line(train(config, run, check=False))
+    assert not (run / "iteration_0/checkpoints").exists()
+
+
+def test_corrupted_checkpoint_is_one_line(fresh):
+    config, run = fresh
+    [file, *_] = sorted((run / "base/iter_0000000").glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1  # one bit
+    file.write_bytes(data)
+    result = train(config, run, check=False)
+    assert result.returncode == 2 and "corrupted" in one_line(result)
+
+
+def test_metadata_that_names_a_foreign_function_is_refused(fresh):
+    config, run = fresh
+    (run / "base/iter_0000000/.metadata").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+    (run / "base/iter_0000000/checksums.json").unlink()
+    line = one_line(train(config, run, check=False))
+    assert "posix.system" in line or "os.system" in line
+    assert not (REPOSITORY / "hacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["spin.betta=0.2"], "did you mean spin.beta"),
+        (["training.global_batch_size=48"], "48"),
+        (["parallel.tensor_model_parallel_size=3", "model.make_vocab_size_divisible_by=1"], "3"),
+        (["training.optimizer={optimizer: lion}"], "lion"),
+        (["spin.beta=0.9"], "spin.beta"),
+    ],
+)
+def test_bad_settings_are_one_line_and_change_nothing(fresh, overrides, message):
+    config, run = fresh
+    before = sorted(str(path) for path in run.rglob("*"))
+    result = train(config, run, *overrides, check=False)
+    assert result.returncode == 2
+    assert message in one_line(result)
+    assert sorted(str(path) for path in run.rglob("*")) == before

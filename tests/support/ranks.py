@@ -1,0 +1,91 @@
+"""What the ranks of a test world run: real SPIN steps at any layout, with losses, gradients and weights to compare."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_spin.config import Config, from_dict
+
+
+def tiny_config(hf: Path, *, parallel: dict[str, Any] | None = None, optimizer: dict[str, Any] | None = None, **sections: Any) -> Config:
+    """A configuration for the tiny models of the tests: fp32, 8 pairs a step in microbatches of 2, SGD."""
+    training = {
+        "global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 0.01, "schedule": "constant", "warmup_fraction": 0.0,
+        "optimizer": optimizer or {"optimizer": "sgd", "sgd_momentum": 0.0, "clip_grad": 0.0},
+    }  # fmt: skip
+    raw = {
+        "name": "tiny", "model": {"hf": str(hf), "make_vocab_size_divisible_by": 8}, "data": {"path": "unused", "max_length": 128},
+        "precision": {"dtype": "fp32"}, "parallel": parallel or {}, "device": "cpu", "training": training, "spin": {"beta": 0.3},
+    }  # fmt: skip
+    for name, section in sections.items():
+        raw[name] = {**raw[name], **section} if isinstance(raw.get(name), dict) else section
+    return from_dict(raw)
+
+
+def random_pairs(count: int, *, vocabulary: int, seed: int = 0, prompt: int = 9, answer: int = 14) -> list[tuple[list[int], list[int], list[int]]]:
+    """(prompt, real, generated) token ids of random lengths from 1 up to the given ones."""
+    generator = np.random.default_rng(seed)
+
+    def ids(longest: int) -> list[int]:
+        return [int(i) for i in generator.integers(0, vocabulary, generator.integers(1, longest + 1))]
+
+    return [(ids(prompt), ids(answer), ids(answer)) for _ in range(count)]
+
+
+def make_trainer(config: Config, pairs: list[Any], scores: np.ndarray | None, *, steps: int = 5) -> Any:
+    """A Trainer of the SPIN loss over ``pairs`` whose model holds the weights of ``config.model.hf``."""
+    from megatron_spin.parallel.setup import choose_device, initialize
+
+    device = choose_device(config.device)
+    from megatron_spin.data.batches import BatchSampler, Example, sequence_length
+    from megatron_spin.hf.load import load_hf
+    from megatron_spin.models.provider import build_model
+    from megatron_spin.spin.scores import BatchShape
+    from megatron_spin.spin.step import spin_forward_step
+    from megatron_spin.training.optimizer import wrap_and_optimize
+    from megatron_spin.training.trainer import Schedule, Trainer
+
+    dims = initialize(config.parallel, device)
+    examples = [Example(prompt, (real, generated)) for prompt, real, generated in pairs]
+    training = config.training
+    shape = BatchShape(training.global_batch_size, training.micro_batch_size, sequence_length(examples, 8))
+    model, optimizer = wrap_and_optimize(build_model(config, dims), config, dims=dims, learning_rate=0.01)
+    load_hf(model, Path(config.model.hf), dims)
+    optimizer.reload_model_params()
+    step = spin_forward_step(beta=0.3, loss=config.spin.loss)
+    sampler = BatchSampler(len(examples), training.global_batch_size, training.seed)
+    schedule = Schedule(steps, 0.01, training.schedule, training.warmup_fraction)
+    return Trainer(model, optimizer, step, examples, scores, sampler, shape, schedule, dims)
+
+
+def gradients(trainer: Any, hf: Path) -> dict[str, np.ndarray]:
+    """The accumulated gradients under their Hugging Face names, on rank 0 (empty elsewhere); overwrites the weights."""
+    from megatron_spin.hf.export import stream_hf
+    from megatron_spin.hf.files import read_config
+
+    for chunk in trainer.model:
+        for parameter in chunk.parameters():
+            parameter.data.copy_(parameter.main_grad)
+    return {name: tensor.numpy().copy() for name, tensor in stream_hf(trainer.model, read_config(hf), trainer.dims, "fp32")}
+
+
+def first_gradients(config: Config, pairs: list[Any], scores: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Mean reported values of the first batch, and its gradients."""
+    trainer = make_trainer(config, pairs, scores)
+    named = trainer.forward_backward(trainer.sampler.batch(0))
+    return named, gradients(trainer, Path(config.model.hf))
+
+
+def losses(config: Config, pairs: list[Any], scores: np.ndarray, *, steps: int = 5) -> list[dict[str, Any]]:
+    """The metrics of ``steps`` optimizer steps."""
+    trainer = make_trainer(config, pairs, scores, steps=steps)
+    return [trainer.step(step) for step in range(steps)]
+
+
+def scores_of(config: Config, pairs: list[Any]) -> np.ndarray:
+    """Summed log-probs of all pairs by the scoring pass, [N, 2]."""
+    from megatron_spin.spin.scores import score
+
+    trainer = make_trainer(config, pairs, None)
+    return score(trainer.model, trainer.examples, np.arange(len(pairs)), shape=trainer.shape, dims=trainer.dims)

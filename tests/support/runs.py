@@ -1,0 +1,65 @@
+"""Runs of the real tools in processes of their own, and a tiny run to begin from."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.support.tiny import sft_rows, tiny_model, write_jsonl
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def command(tool: str, *arguments: object, ranks: int = 1) -> list[str]:
+    """The command line of ``tools/TOOL``, under torchrun when it has more than one rank."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launcher, str(REPOSITORY / "tools" / tool), *map(str, arguments)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, **ENVIRONMENT, **extra}
+
+
+def run_tool(tool: str, *arguments: object, ranks: int = 1, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Runs a tool to its end; with ``check`` a failure raises with the end of its output."""
+    result = subprocess.run(
+        command(tool, *arguments, ranks=ranks), capture_output=True, text=True, timeout=timeout, env=environment(), cwd=REPOSITORY
+    )
+    if check and result.returncode:
+        raise AssertionError(f"{tool} ended with {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+    return result
+
+
+def tiny_yaml(directory: Path, **sections: Any) -> Path:
+    """Writes a tiny model, its SFT data and a configuration that trains in seconds into ``directory``; returns the configuration's path."""
+    tiny_model(directory / "model")
+    write_jsonl(directory / "train.jsonl", sft_rows(40, seed=1))
+    write_jsonl(directory / "eval.jsonl", sft_rows(8, seed=2))
+    raw: dict[str, Any] = {
+        "name": "tiny",
+        "device": "cpu",
+        "model": {"hf": str(directory / "model"), "make_vocab_size_divisible_by": 8},
+        "precision": {"dtype": "fp32"},
+        "data": {"path": str(directory / "train.jsonl"), "template": "none", "max_length": 40},
+        "generation": {"engine": "hf", "max_new_tokens": 10, "shard_size": 16, "batch_size": 16},
+        "evaluation": {"path": str(directory / "eval.jsonl"), "num_prompts": 8},
+        "spin": {"iterations": 2, "beta": 0.3},
+        "training": {"epochs": 1, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2},
+        "baselines": {"sft_continued": {"steps": "same_steps"}},
+    }
+    for name, section in sections.items():
+        raw[name] = {**raw[name], **section} if isinstance(raw.get(name), dict) else section
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl without their times, which alone may differ between equal runs."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
