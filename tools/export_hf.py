@@ -54,7 +54,7 @@ def main() -> None:
     device = choose_device(config.device)
     check_config(config, device, world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
-    from megatron_spin.evaluation.conversion import export_model
+    from megatron_spin.training.conversion import export_model
 
     dims = initialize(config.parallel, device)
     result = export_model(config, checkpoint, out_dir, dims=dims, dtype=dtype)

@@ -43,7 +43,7 @@ def main() -> None:
     device = choose_device(config.device)
     check_config(config, device, world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
-    from megatron_spin.evaluation.conversion import import_model
+    from megatron_spin.training.conversion import import_model
 
     dims = initialize(config.parallel, device)
     result = import_model(config, checkpoint, dims=dims)

@@ -41,9 +41,9 @@ def stream_hf(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's weights as (Hugging Face name, CPU tensor in ``dtype``), in the order of the layers; a collective.
 
-    Each parameter is gathered over its tensor parallel ranks and sent from its pipeline stage to rank 0, one at a time. Rank 0 alone yields;
-    every rank must exhaust the iterator all the same (``for _ in stream_hf(...): pass``). Padding of the vocabulary is never yielded, nor is
-    the copy of a tied embedding, which must equal the original.
+    Each parameter is gathered over its tensor parallel ranks and sent from its pipeline stage to rank 0, one at a time. Rank 0 alone
+    yields; every rank must exhaust the iterator all the same (``for _ in stream_hf(...): pass``). Padding of the vocabulary is never
+    yielded, nor is the copy of a tied embedding, which must equal the original.
 
     Args:
         model: this rank's chunks.

@@ -107,7 +107,7 @@ class TensorFiles:
             return dict.fromkeys(self._open(SINGLE_FILE), SINGLE_FILE)
         if not index.is_file():
             raise CheckpointError(
-                f"{self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}: save the model with transformers' save_pretrained, which writes them"
+                f"{self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}: save it with transformers' save_pretrained"
             )
         contents = _read_json(index)
         if not isinstance(contents, dict) or not isinstance(contents.get("weight_map"), dict):

@@ -20,9 +20,9 @@ from megatron_spin.parallel.setup import ParallelDims
 def load_hf(model: Sequence[torch.nn.Module], hf_dir: Path, dims: ParallelDims) -> None:
     """Fills ``model`` (this rank's chunks) with the weights in ``hf_dir``, cast to the parameters' dtype; a collective.
 
-    Each rank reads only the tensors of its own pipeline stage and holds one parameter's at a time. Rows that pad the vocabulary become zero;
-    the last stage's copy of a tied embedding is filled too. Names and shapes are checked against the headers of the files before anything is
-    written, and an error of one rank is raised by all.
+    Each rank reads only the tensors of its own pipeline stage and holds one parameter's at a time. Rows that pad the vocabulary become
+    zero; the last stage's copy of a tied embedding is filled too. Names and shapes are checked against the headers of the files before
+    anything is written, and an error of one rank is raised by all.
 
     Raises:
         CheckpointError: a tensor is missing, has no place in the model or has another shape; a parameter has no rule; a corrupted file.

@@ -63,7 +63,7 @@ def install() -> None:
         setattr(torch.cuda, name, replacement)
     for name in GPU_ONLY:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type] # an import of it now says that there is none
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     _import_megatron_without_compiling()
     from megatron.core.tensor_parallel import random
 
@@ -108,7 +108,9 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _Stream:
-    """A CPU has one stream and it is always in order."""
+    """A CPU has one stream and it is always in order. A class, not a function: others write ``torch.cuda.Stream | None``."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def wait_stream(self, other: object) -> None: ...
 
@@ -127,7 +129,7 @@ _CUDA_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "current_stream": lambda *_: _Stream(),
     "default_stream": lambda *_: _Stream(),
     "stream": lambda *_: contextlib.nullcontext(),
-    "Stream": lambda *_, **__: _Stream(),
+    "Stream": _Stream,
 }
 
 

@@ -80,7 +80,7 @@ def initialize(parallel: ParallelConfig, device: torch.device, *, seed: int = 0)
         backend = "gloo" if device.type == "cpu" else "nccl"
         alone = "WORLD_SIZE" not in os.environ
         store = torch.distributed.HashStore() if alone else None
-        place = {"rank": 0, "world_size": 1, "store": store} if alone else {}
+        place: dict[str, Any] = {"rank": 0, "world_size": 1, "store": store} if alone else {}
         torch.distributed.init_process_group(backend, timeout=TIMEOUT, **place)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -205,8 +205,8 @@ def check_precision(config: Config, device: torch.device) -> None:
     if recipe not in possible:
         place = f"compute capability {capability[0]}.{capability[1]}" if capability else "a CPU"
         raise DeviceError(
-            f"precision.fp8={fp8} with fp8_recipe={recipe} cannot run on {place} with CUDA {torch.version.cuda or 'absent'} and Transformer "
-            f"Engine {engine or 'absent'}; recipes that can: {', '.join(possible) or 'none'}: set precision.fp8 to null"
+            f"precision.fp8={fp8} with fp8_recipe={recipe} cannot run on {place} with CUDA {torch.version.cuda or 'absent'} and "
+            f"Transformer Engine {engine or 'absent'}; recipes that can: {', '.join(possible) or 'none'}: set precision.fp8 to null"
         )
     if layer_spec(config, device) != "transformer_engine":
         raise DeviceError(

@@ -129,7 +129,7 @@ def test_a_tied_output_layer_is_the_embedding() -> None:
 def test_an_unmapped_parameter_is_an_error() -> None:
     with pytest.raises(CheckpointError, match=r"decoder\.layers\.0\.self_attention\.q_layernorm\.weight has no Hugging Face counterpart"):
         FAMILIES["llama"].find("decoder.layers.0.self_attention.q_layernorm.weight", geometry())
-    with pytest.raises(CheckpointError, match="linear_qkv.bias"):
+    with pytest.raises(CheckpointError, match=r"linear_qkv\.bias"):
         FAMILIES["mistral"].find("decoder.layers.0.self_attention.linear_qkv.bias", geometry())
 
 
@@ -165,7 +165,7 @@ def test_files_that_are_missing_or_truncated_name_themselves(tmp_path: Path) -> 
 
 def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    with TensorFiles(tmp_path) as files, pytest.raises(CheckpointError, match="tensor a .* is not floating point"):
+    with TensorFiles(tmp_path) as files, pytest.raises(CheckpointError, match=r"tensor a .* is not floating point"):
         files.read("a")
 
 

@@ -1,6 +1,7 @@
 """What is refused before a process group exists: layouts, FP8, devices, versions, foreign packages."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_layouts_that_fit(tp, pp, world_size):
 @pytest.mark.parametrize(
     ("errors", "factors"),
     [
-        (layout(3, world_size=3), ["tensor_model_parallel_size=3", "num_attention_heads=8"]),
+        (layout(3, world_size=3, num_key_value_heads=3, training={"global_batch_size": 2}), ["tensor_model_parallel_size=3", "heads=8"]),
         (layout(8, world_size=8, intermediate_size=100), ["tensor_model_parallel_size=8", "intermediate_size=100"]),
         (layout(2, world_size=2, num_key_value_heads=5), ["tensor_model_parallel_size=2", "num_key_value_heads=5"]),
         (layout(pp=3, world_size=3, training={"global_batch_size": 2}), ["pipeline_model_parallel_size=3", "num_hidden_layers=4"]),
@@ -122,7 +123,7 @@ def test_fp8_with_the_local_spec_is_refused_on_a_gpu_that_has_it(monkeypatch):
     setup.check_precision(config(precision={"fp8": "hybrid"}), gpu)
     with pytest.raises(DeviceError, match="needs Transformer Engine's layers"):
         setup.check_precision(config(precision={"fp8": "hybrid"}, layer_spec="local"), gpu)
-    with pytest.raises(DeviceError, match="fp8_recipe=mxfp8 cannot run on compute capability 9.0 .* delayed, tensorwise"):
+    with pytest.raises(DeviceError, match=r"fp8_recipe=mxfp8 cannot run on compute capability 9.0 .* delayed, tensorwise"):
         setup.check_precision(config(precision={"fp8": "hybrid"}, model={"hf": "x", "transformer": {"fp8_recipe": "mxfp8"}}), gpu)
 
 
@@ -152,7 +153,7 @@ def test_another_apex_is_named(tmp_path: Path, monkeypatch, module, refused):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "apex", raising=False)
     if refused:
-        with pytest.raises(DeviceError, match="is not NVIDIA's .*pip uninstall apex"):
+        with pytest.raises(DeviceError, match=r"is not NVIDIA's .*pip uninstall apex"):
             setup.refuse_wrong_apex()
     else:
         setup.refuse_wrong_apex()
@@ -166,8 +167,6 @@ def run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def _environment(*path: Path) -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
 
 

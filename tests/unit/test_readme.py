@@ -1,0 +1,74 @@
+"""What the README names exists, and every configuration under examples/ is one that the program takes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_spin.config import from_dict, load_config
+from tests.support.runs import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def test_files_named_in_the_text_exist() -> None:
+    named = set(re.findall(r"(?<![\w/])(?:tools|examples|megatron_spin|tests|docs)/[\w./-]*\w", README))
+    assert len(named) > 5
+    assert [name for name in named if not (REPOSITORY / name).exists()] == []
+
+
+def file_tree() -> list[str]:
+    """Paths of the README's file tree, by its indentation."""
+    block = README.split("## The file tree")[1].split("##")[0]
+    parents: dict[int, str] = {}
+    paths = []
+    for line in block.splitlines():
+        match = re.match(r"^( {4,})(\S+)", line)
+        if match is None:
+            continue
+        depth = len(match.group(1))
+        parents = {indent: name for indent, name in parents.items() if indent < depth}
+        path = "".join(parents.values()) + match.group(2)
+        parents[depth] = match.group(2)
+        paths.append(path)
+    return paths
+
+
+def test_the_file_tree_is_the_repositorys() -> None:
+    paths = file_tree()
+    assert len(paths) > 20
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+    tools = {f"tools/{path.name}" for path in (REPOSITORY / "tools").iterdir() if path.suffix in (".py", ".sh")}
+    assert tools <= set(paths), "a tool that the tree does not explain"
+    packages = {f"megatron_spin/{path.parent.name}/" for path in (REPOSITORY / "megatron_spin").glob("*/__init__.py")}
+    assert packages <= set(paths), "a package that the tree does not explain"
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", README, re.MULTILINE))
+    assert {"quickstart", "test"} <= targets
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
+
+
+def test_local_links_and_pictures_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+
+
+def test_the_configuration_shown_is_valid() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        from_dict(yaml.safe_load(block.replace("5.0e-7", "0.0000005")))
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").rglob("*.yaml")), ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_examples_are_valid(path: Path) -> None:
+    assert load_config(path).name
+
+
+def test_markers_stand_once() -> None:
+    for marker in ("<!-- run:begin -->", "<!-- run:end -->"):
+        assert README.count(marker) == 1
