@@ -1,0 +1,190 @@
+"""The plan of a run: which phases there are, in which order, what each runs, and which are done. No torch.
+
+The driver (tools/spin.sh) asks for it as text and does nothing but walk through it, so everything that needs thought is here.
+"""
+
+import dataclasses
+import difflib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_spin.config import Config
+from megatron_spin.errors import ConfigError, DeviceError, RunDirError
+from megatron_spin.run_dir import RunDir, read_json, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One phase of the plan."""
+
+    phase: str
+    """Name as in ``state.json``: ``prepare``, ``train:0``, ``export:sft_continued`` ..."""
+    what: str
+    """What it does, in words, for the narration."""
+    command: tuple[str, ...]
+    """Words after the Python interpreter: the tool's path and its arguments."""
+    processes: int = 1
+    """How many ranks run the command; more than 1 needs a launcher."""
+    done: bool = False
+
+
+class Plan:
+    """All phases of ``config`` in ``run_dir``; ``arguments`` are the words (config path and overrides) that every command begins with."""
+
+    def __init__(self, config: Config, run_dir: RunDir, *, arguments: Sequence[str], tools: Path) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self._arguments = tuple(arguments)
+        self._tools = tools
+
+    def steps(self, until: str | None = None) -> list[Step]:
+        """The phases in order, up to and including ``until``.
+
+        Raises:
+            ConfigError: ``until`` names no phase of this plan.
+            DeviceError: the number of processes cannot be had on this machine.
+        """
+        done = set(read_json(self.run_dir.state)["phases"]) if self.run_dir.state.exists() else set()
+        steps = [dataclasses.replace(step, done=step.phase in done) for step in self._all()]
+        if until is None:
+            return steps
+        names = [step.phase for step in steps]
+        if until not in names:
+            nearest = difflib.get_close_matches(until, names, n=1, cutoff=0.4)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"the phases are {', '.join(names)}"
+            raise ConfigError(f"--until {until} is not a phase of this run: {hint}")
+        return steps[: names.index(until) + 1]
+
+    def _all(self) -> Iterator[Step]:
+        config, spin, evaluates = self.config, self.config.training.objective == "spin", has_evaluation(self.config)
+        yield self._step("prepare", "read, check and tokenize the data", "prepare.py")
+        base = ("--hf", config.model.hf, "--checkpoint", str(self.run_dir.base))
+        yield self._bare("import", "turn the Hugging Face model into a Megatron checkpoint", "import_hf.py", *base)
+        if spin and evaluates:
+            yield self._step("evaluate:sft", "measure the model that the run begins with", "evaluate.py", "--baseline", "sft")
+        for iteration in range(config.iterations):
+            if spin:
+                what = "the opponent answers every prompt"
+                yield self._step(f"generate:{iteration}", what, "generate.py", "--iteration", str(iteration))
+            yield from self._train_and_measure(
+                f"{iteration}", "--iteration", "self-play against the opponent" if spin else "fine-tune on the answers"
+            )
+            last = iteration + 1 == config.iterations
+            what = "the run's last policy is complete" if last else f"the policy becomes the opponent of iteration {iteration + 1}"
+            yield self._finish("rotate" if spin else "finish", str(iteration), what)
+        # The baselines come last: whoever started a self-play wants its result first, and they share nothing with it but data and base.
+        for name in config.baselines if spin else ():
+            yield from self._train_and_measure(name, "--baseline", f"continue SFT to compare with ({config.baselines[name].steps})")
+            yield self._finish("finish", name, "the baseline is complete")
+
+    def _train_and_measure(self, label: str, flag: str, what: str) -> Iterator[Step]:
+        target = self.run_dir.target(iteration=int(label)) if flag == "--iteration" else self.run_dir.target(baseline=label)
+        train = self._step(f"train:{label}", what, "train.py", flag, label)
+        yield dataclasses.replace(train, processes=processes(self.config))
+        paths = ("--checkpoint", str(target.checkpoints), "--hf", str(target.hf))
+        yield self._bare(f"export:{label}", "write it as a Hugging Face model and compare log-probs", "export_hf.py", *paths, flag, label)
+        if has_evaluation(self.config):
+            yield self._step(f"evaluate:{label}", "measure it on held-out prompts", "evaluate.py", flag, label)
+
+    def _step(self, phase: str, what: str, tool: str, *flags: str) -> Step:
+        # Overrides directly behind CONFIG: argparse takes positional arguments in one go.
+        return Step(phase, what, (str(self._tools / tool), *self._arguments, "--run-dir", str(self.run_dir.root), *flags))
+
+    def _bare(self, phase: str, what: str, tool: str, *flags: str) -> Step:
+        """A tool that works without a run, too, and takes the configuration as options."""
+        config, *overrides = self._arguments
+        run = ("--config", config, "--run-dir", str(self.run_dir.root))
+        return Step(phase, what, (str(self._tools / tool), *overrides, *flags, *run))
+
+    def _finish(self, verb: str, label: str, what: str) -> Step:
+        return self._step(f"{verb}:{label}", what, "plan.py", "--finish", f"{verb}:{label}")
+
+
+def has_evaluation(config: Config) -> bool:
+    """Whether there are held-out data, hence evaluate phases."""
+    return config.evaluation.path is not None or config.evaluation.held_out_fraction > 0
+
+
+def replica_size(config: Config) -> int:
+    """Processes that one copy of the model is spread over."""
+    parallel = config.parallel
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
+def processes(config: Config) -> int:
+    """How many training processes to start on this machine.
+
+    Raises:
+        DeviceError: there are fewer GPUs than one copy of the model needs, or their number is no multiple of it.
+    """
+    replica, wanted = replica_size(config), config.parallel.nproc_per_node
+    gpus = gpu_count(config)
+    count = wanted or gpus or replica
+    if config.device == "cuda" and not gpus:
+        raise DeviceError(
+            "device=cuda, but no GPU is visible to torch: use device=cpu or auto, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    if count % replica:
+        origin = "parallel.nproc_per_node" if wanted else "the number of GPUs"
+        raise DeviceError(
+            f"{origin}={count} is not a multiple of the {replica} processes that a model replica needs (tensor x pipeline x context"
+            f" parallel sizes): set parallel.nproc_per_node={replica} or change the parallel sizes"
+        )
+    if gpus and count > gpus:
+        raise DeviceError(
+            f"training needs {count} processes, one a GPU, but {gpus} GPUs are visible: lower the parallel sizes or use device=cpu"
+        )
+    return count
+
+
+def gpu_count(config: Config) -> int:
+    """GPUs that training would use; torch is asked (it alone knows whether it can use them) only where the driver's tool sees one."""
+    if config.device == "cpu" or shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return 0
+    seen = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False, timeout=60)
+    if seen.returncode or b"GPU" not in seen.stdout:
+        return 0
+    import torch  # two seconds, spent only on a machine with a GPU
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def as_text(steps: Sequence[Step], run_dir: RunDir) -> Iterator[str]:
+    """Lines for the driver: the run directory, then ``phase, status, processes, what, command...`` separated by TABs.
+
+    Raises:
+        ConfigError: a word of a command holds a TAB or a newline.
+    """
+    yield f"run-dir\t{run_dir.root}"
+    for step in steps:
+        words = (step.phase, "done" if step.done else "todo", str(step.processes), step.what, *step.command)
+        for word in words:
+            if not word or "\t" in word or "\n" in word:
+                raise ConfigError(f"argument {word!r} is empty or holds a tab or a newline: paths and overrides must be plain words")
+        yield "\t".join(words)
+
+
+def finish(plan: Plan, phase: str) -> None:
+    """Writes the ``DONE`` marker of an iteration (``rotate:T``) or a baseline (``finish:NAME``): everything before it has been done.
+
+    Raises:
+        RunDirError: a phase before it has not been done.
+    """
+    started, run_dir = time.monotonic(), plan.run_dir
+    if run_dir.is_done(phase):
+        print(f"{phase} already done")
+        return
+    verb, _, label = phase.partition(":")
+    steps = [step for step in plan.steps(phase)[:-1] if step.phase.endswith(f":{label}")]
+    missing = [step.phase for step in steps if not step.done]
+    if missing:
+        raise RunDirError(f"{phase} must wait for {', '.join(missing)}: run tools/spin.sh, which runs all phases in order")
+    phases = read_json(run_dir.state)["phases"]
+    of_iteration = verb == "rotate" or plan.config.training.objective == "sft"
+    target = run_dir.target(iteration=int(label)) if of_iteration else run_dir.target(baseline=label)
+    write_json(target.done, {step.phase: phases[step.phase] for step in steps})
+    run_dir.mark_done(phase, seconds=time.monotonic() - started)

@@ -1,0 +1,105 @@
+"""What can be checked before anything is started, so that a mistake costs seconds and not a night."""
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_spin.config import Config, at_iteration, changes_forbidden
+from megatron_spin.errors import CheckpointError, ConfigError, DataError, RunDirError
+from megatron_spin.plan import Plan, Step, gpu_count, processes
+from megatron_spin.run_dir import read_json
+
+CHECKPOINT_BYTES = 18
+"""Bytes a parameter that one trained model takes: fp32 weights, two fp32 moments, fp32 or bf16 model weights, and the export."""
+
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+
+def check(plan: Plan, steps: Sequence[Step]) -> None:
+    """Checks what the phases of ``steps`` that are still to do will need.
+
+    Raises:
+        SpinError: the first thing that is missing or cannot be, in one line.
+    """
+    todo = {step.phase for step in steps if not step.done}
+    if not todo:
+        return
+    config, root = plan.config, plan.run_dir.root
+    _check_run_dir(plan)
+    _check_model(Path(config.model.hf))
+    if "prepare" in todo:
+        _check_data(config)
+    if any(phase.startswith("train:") for phase in todo):
+        _check_training(config)
+    _check_engines(config, [phase for phase in todo if phase.startswith(("generate:", "evaluate:"))])
+    models = sum(phase == "import" or phase.startswith("train:") for phase in todo)
+    _check_disk(root, Path(config.model.hf), models)
+
+
+def _check_run_dir(plan: Plan) -> None:
+    run_dir = plan.run_dir
+    if run_dir.root.exists() and not run_dir.root.is_dir():
+        raise RunDirError(f"{run_dir.root} is not a directory: choose another --run-dir")
+    if not run_dir.config.exists():
+        return
+    differing = changes_forbidden(run_dir.config, plan.config)
+    if differing:
+        raise RunDirError(
+            f"{run_dir.root} belongs to a run with other values of {', '.join(differing)}: restore them or choose another --run-dir"
+        )
+
+
+def _check_model(hf: Path) -> None:
+    if not (hf / "config.json").is_file():
+        raise CheckpointError(f"model.hf={hf} holds no config.json: give the directory of a Hugging Face model (it is not downloaded)")
+    if not any(any(hf.glob(pattern)) for pattern in WEIGHT_FILES):
+        raise CheckpointError(f"model.hf={hf} holds no weights (*.safetensors): give the directory of a complete Hugging Face model")
+
+
+def _check_data(config: Config) -> None:
+    for key, path in {"data.path": config.data.path, "evaluation.path": config.evaluation.path}.items():
+        if path is not None and not Path(path).exists():
+            raise DataError(f"{key}={path} does not exist: give a JSONL, JSON or Parquet file of SFT data")
+
+
+def _check_training(config: Config) -> None:
+    """Device, formats, layout and batch, by the rules that training itself checks again."""
+    import torch
+
+    from megatron_spin.parallel.setup import check_config
+
+    device = torch.device("cuda" if gpu_count(config) else "cpu")
+    check_config(config, device, world_size=processes(config))
+
+
+def _check_engines(config: Config, phases: Sequence[str]) -> None:
+    iterations = {int(label) if label.isdigit() else 0 for label in (phase.partition(":")[2] for phase in phases)}
+    engines: set[str] = {at_iteration(config.generation.engine, iteration) for iteration in iterations}
+    for engine in engines:
+        module = {"vllm": "vllm", "hf": "transformers"}[engine]
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"generation.engine={engine} needs the Python package {module}, which {sys.executable} lacks: run `make setup`"
+            )
+
+
+def _check_disk(root: Path, hf: Path, models: int) -> None:
+    """Refuses a run that surely cannot finish its next model, warns of one that may not finish all; old checkpoints are kept."""
+    place = root
+    while not place.exists():
+        place = place.parent
+    weights = sum(file.stat().st_size for pattern in WEIGHT_FILES for file in hf.glob(pattern))
+    size = 4 if read_json(hf / "config.json").get("dtype", read_json(hf / "config.json").get("torch_dtype")) == "float32" else 2
+    each, free = weights // size * CHECKPOINT_BYTES, shutil.disk_usage(place).free
+    if models and free < each:
+        raise RunDirError(
+            f"{place} has {_gb(free)} free, one trained model takes about {_gb(each)}: free some space or choose another --run-dir"
+        )
+    if free < each * models:
+        print(f"warning: {place} has {_gb(free)} free, this run may take {_gb(each * models)}", file=sys.stderr)
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,242 @@
+"""tools/spin.sh from end to end with a model that trains in seconds: both engines, restarts, refusals. Real components throughout."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.tiny import sft_rows, tiny_model, write_jsonl
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DRIVER = str(REPOSITORY / "tools/spin.sh")
+EVAL_KEYS = {
+    "nll_per_token", "exact_match_sampled", "exact_match_greedy", "mean_response_tokens", "mean_real_tokens", "truncated_fraction",
+    "identical_fraction", "opponent_accuracy", "num_prompts",
+}  # fmt: skip
+METRIC_KEYS = {
+    "step", "loss", "margin", "accuracy", "real_logps", "generated_logps", "real_reward", "generated_reward", "grad_norm", "learning_rate",
+    "tokens", "pairs", "seconds",
+}  # fmt: skip
+CLOCKS = ("seconds", "tokens_per_second", "time")
+"""What two equal runs may differ in."""
+
+Finished = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with model/, data.jsonl and spin.yaml: two iterations of three steps, tensor parallel size 2 on the CPU, one baseline."""
+    place = tmp_path_factory.mktemp("driver")
+    tiny_model(place / "model")
+    write_jsonl(place / "data.jsonl", sft_rows(60))
+    config = {
+        "name": "tiny",
+        "device": "cpu",
+        "model": {"hf": "model"},
+        "parallel": {"tensor_model_parallel_size": 2},
+        "precision": {"dtype": "fp32"},
+        "data": {"path": "data.jsonl", "template": "instruction", "max_length": 48},
+        "generation": {"engine": "hf", "max_new_tokens": 12, "shard_size": 20},
+        "evaluation": {"held_out_fraction": 0.2, "answer_pattern": "(w[0-9]+)$", "patterns": {"one": "w1"}},
+        "spin": {"iterations": 2},
+        "training": {"global_batch_size": 16, "micro_batch_size": 4, "steps": 3, "learning_rate": 1e-3, "checkpoint_every": 1},
+        "baselines": {"sft_continued": {"steps": 2}},
+    }
+    (place / "spin.yaml").write_text(yaml.safe_dump(config))
+    return place
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+
+def spin(place: Path, *arguments: str, timeout: float = 600) -> Finished:
+    """Runs the driver in ``place`` to its end."""
+    command = [DRIVER, "spin.yaml", *arguments]
+    return subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([DRIVER, "spin.yaml", *arguments], cwd=place, env=environment(), text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def without_clocks(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if key not in CLOCKS}
+
+
+def results(run_dir: Path, targets: Sequence[str] = ("iteration_0", "iteration_1", "baselines/sft_continued")) -> dict[str, Any]:
+    """Everything measured in a run: the metrics of each step and the evaluations."""
+    found: dict[str, Any] = {}
+    for target in targets:
+        found[target] = [without_clocks(json.loads(line)) for line in (run_dir / target / "metrics.jsonl").read_text().splitlines()]
+        found[f"{target}/eval"] = without_clocks(json.loads((run_dir / target / "eval.json").read_text()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(workplace: Path) -> tuple[Path, float]:
+    """The run directory of an undisturbed run, and how many seconds it took."""
+    started = time.monotonic()
+    ran = spin(workplace, "--run-dir", "undisturbed")
+    assert ran.returncode == 0, f"{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
+    return workplace / "undisturbed", time.monotonic() - started
+
+
+def one_line_error(ran: Finished, status: int = 2) -> str:
+    """The one line on stderr of a run that ended with ``status``."""
+    assert ran.returncode == status, f"{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}"
+    errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in ran.stderr, ran.stderr
+    return errors[0]
+
+
+def test_self_play_leaves_what_the_contract_names(finished: tuple[Path, float]) -> None:
+    run_dir, _ = finished
+    assert (run_dir / "config.yaml").exists() and (run_dir / "state.json").exists()
+    for iteration in (0, 1):
+        directory = run_dir / f"iteration_{iteration}"
+        for name in ("generated", "pairs", "checkpoints", "hf", "tensorboard", "metrics.jsonl", "eval.json", "samples.jsonl", "DONE"):
+            assert (directory / name).exists(), name
+        metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in metrics] == [1, 2, 3] and set(metrics[0]) >= METRIC_KEYS
+        assert metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+        assert (directory / "checkpoints/latest_checkpointed_iteration.txt").read_text().strip() == "3"
+        measured = json.loads((directory / "eval.json").read_text())
+        assert set(measured) >= EVAL_KEYS and measured["num_prompts"] == 12 and 0 <= measured["opponent_accuracy"] <= 1
+        shards = sorted((directory / "generated").glob("*.jsonl"))
+        indices = [json.loads(line)["index"] for shard in shards for line in shard.read_text().splitlines()]
+        assert len(indices) == len(set(indices)) == 48
+    for baseline in ("sft", "sft_continued"):
+        assert json.loads((run_dir / "baselines" / baseline / "eval.json").read_text())["opponent_accuracy"] is None
+
+
+def test_the_opponent_is_the_previous_policy(finished: tuple[Path, float]) -> None:
+    run_dir, _ = finished
+    trained = json.loads((run_dir / "iteration_0/eval.json").read_text())
+    manifest = json.loads((run_dir / "iteration_1/pairs/manifest.json").read_text())
+    assert manifest["opponent"] == trained["model"] != json.loads((run_dir / "baselines/sft/eval.json").read_text())["model"]
+
+
+def test_a_finished_run_does_nothing(finished: tuple[Path, float], workplace: Path) -> None:
+    before = (finished[0] / "state.json").read_bytes()
+    ran = spin(workplace, "--run-dir", "undisturbed", timeout=20)
+    assert ran.returncode == 0 and (finished[0] / "state.json").read_bytes() == before
+    assert "train:1: already done" in ran.stdout
+
+
+def test_self_play_with_vllm(workplace: Path) -> None:
+    ran = spin(workplace, "generation.engine=vllm", "parallel.tensor_model_parallel_size=1", "baselines={}", "--run-dir", "vllm")
+    assert ran.returncode == 0, f"{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
+    measured = json.loads((workplace / "vllm/iteration_1/eval.json").read_text())
+    assert measured["opponent_accuracy"] is not None and (workplace / "vllm/iteration_1/DONE").exists()
+
+
+def test_dry_run_prints_the_plan_and_starts_nothing(workplace: Path) -> None:
+    ran = spin(workplace, "--run-dir", "dry", "--dry-run", "--until", "evaluate:0", timeout=30)
+    assert ran.returncode == 0 and not (workplace / "dry").exists()
+    phases = [line.split()[1] for line in ran.stdout.splitlines() if line.startswith("  todo")]
+    assert phases == ["prepare", "import", "evaluate:sft", "generate:0", "train:0", "export:0", "evaluate:0"]
+    assert "(2 ranks)" in ran.stdout
+
+
+def test_until_stops_after_the_phase(workplace: Path) -> None:
+    ran = spin(workplace, "--run-dir", "until", "--until", "prepare")
+    assert ran.returncode == 0, ran.stderr
+    assert list(json.loads((workplace / "until/state.json").read_text())["phases"]) == ["prepare"]
+
+
+def test_killed_at_a_random_moment_it_ends_the_same(finished: tuple[Path, float], workplace: Path) -> None:
+    undisturbed, seconds = finished
+    seed = int(os.environ.get("SPIN_TEST_SEED", time.time_ns() % 1_000_000))
+    moments = sorted(random.Random(seed).uniform(0.02, 0.9) * seconds for _ in range(2))
+    print(f"kill -9 after {moments} s of about {seconds:.0f} s (SPIN_TEST_SEED={seed})")
+    for moment in (moments[0], moments[1] - moments[0]):
+        driver = start(workplace, "--run-dir", "killed")
+        time.sleep(moment)
+        driver.kill()  # the driver alone: its children must not outlive it
+        driver.communicate(timeout=60)
+    ran = spin(workplace, "--run-dir", "killed")
+    assert ran.returncode == 0, f"seed {seed}\n{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
+    assert results(workplace / "killed") == results(undisturbed), f"seed {seed}"
+
+
+def test_one_driver_a_run_directory_and_a_clean_stop(workplace: Path) -> None:
+    driver = start(workplace, "--run-dir", "busy")
+    try:
+        deadline = time.monotonic() + 60
+        while not (workplace / "busy/logs/prepare.log").exists():
+            assert driver.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        error = one_line_error(spin(workplace, "--run-dir", "busy", timeout=30))
+        assert f"busy is in use by another driver (process {driver.pid})" in error
+        driver.send_signal(signal.SIGTERM)
+        output, _ = driver.communicate(timeout=60)
+        assert driver.returncode == 143 and "to continue:" in output and "--run-dir busy" in output
+    finally:
+        driver.kill()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.path=nowhere.jsonl"], "data.path=nowhere.jsonl does not exist"),
+        (["parallel.tensor_model_parallel_size=3"], "parallel.tensor_model_parallel_size=3"),
+        (["spin.betta=1"], "unknown config key spin.betta: did you mean spin.beta?"),
+        (["spin.beta=much"], "spin.beta"),
+        (["model.hf=nowhere"], "model.hf=nowhere holds no config.json"),
+        (["--until", "trian:0"], "did you mean train:0?"),
+        (["--resume"], "option --resume is unknown"),
+    ],
+)
+def test_mistakes_cost_one_line_and_leave_nothing(workplace: Path, arguments: list[str], message: str) -> None:
+    ran = spin(workplace, "--run-dir", "mistake", *arguments, timeout=60)
+    assert message in one_line_error(ran) and len(ran.stderr.splitlines()) == 1
+    assert not (workplace / "mistake").exists()
+
+
+def test_another_configuration_is_refused(finished: tuple[Path, float], workplace: Path) -> None:
+    ran = spin(workplace, "--run-dir", "undisturbed", "spin.beta=0.9", "spin.iterations=3", timeout=60)
+    assert "other values of spin.beta" in one_line_error(ran)
+
+
+def back_to_training(source: Path, copy: Path) -> Path:
+    """A copy of a finished run in which iteration 0 has been generated and nothing after it has been done."""
+    shutil.copytree(source, copy)
+    state = json.loads((copy / "state.json").read_text())
+    state["phases"] = {
+        phase: done for phase, done in state["phases"].items() if phase in ("prepare", "import", "evaluate:sft", "generate:0")
+    }
+    (copy / "state.json").write_text(json.dumps(state))
+    for name in ("checkpoints", "hf", "metrics.jsonl", "eval.json", "DONE"):
+        path = copy / "iteration_0" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return copy
+
+
+def test_a_ranks_message_reaches_the_user(finished: tuple[Path, float], workplace: Path) -> None:
+    broken = back_to_training(finished[0], workplace / "broken")
+    tracker = broken / "base/latest_checkpointed_iteration.txt"
+    tracker.write_text("garbage\n")
+    ran = spin(workplace, "--run-dir", "broken", "--until", "train:0")
+    assert "base" in one_line_error(ran)
+    assert "ChildFailedError" not in ran.stdout and "ChildFailedError" in (broken / "logs/train_0.ranks.log").read_text()
+
+
+def test_a_gate_stops_the_run_with_status_1(finished: tuple[Path, float], workplace: Path) -> None:
+    forged = back_to_training(finished[0], workplace / "forged")
+    manifest = forged / "iteration_0/pairs/manifest.json"
+    content = json.loads(manifest.read_text())
+    content["opponent"] = f"{int(content['opponent'][0], 16) ^ 1:x}{content['opponent'][1:]}"  # one bit
+    manifest.write_text(json.dumps(content))
+    assert "was generated by opponent" in one_line_error(spin(workplace, "--run-dir", "forged", "--until", "train:0"), status=1)
