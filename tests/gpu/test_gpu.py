@@ -1,0 +1,73 @@
+"""On one GPU: the loss, its gradients and one self-play iteration; Transformer Engine's layer spec against ours. Skips itself without one."""
+
+import importlib.util
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.ranks import first_gradients, random_pairs, tiny_config
+from tests.support.runs import metrics, run_tool, tiny_yaml
+from tests.support.tiny import tiny_model
+from tests.support.world import worlds
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+needs_transformer_engine = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine")
+
+
+@pytest.fixture(scope="module")
+def world():
+    with worlds() as getter:
+        yield getter(1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    tiny_model(directory, tokenizer=False)
+    return directory
+
+
+def step(world, model, **sections):
+    pairs = random_pairs(16, vocabulary=100)
+    scores = np.full((16, 2), -40.0, dtype=np.float32)
+    [result] = world.run(first_gradients, tiny_config(model, device="cuda", **sections), pairs, scores)
+    return result
+
+
+def distance(actual, expected):
+    return {name: float(np.linalg.norm(actual[name] - expected[name]) / np.linalg.norm(expected[name])) for name in expected}
+
+
+def test_gpu_equals_cpu_in_fp32(world, model):
+    pairs, scores = random_pairs(16, vocabulary=100), np.full((16, 2), -40.0, dtype=np.float32)
+    with worlds() as getter:  # the CPU adapter and CUDA do not share a process
+        [(named, grads)] = getter(1).run(first_gradients, tiny_config(model), pairs, scores)
+    on_gpu, gpu_grads = step(world, model, layer_spec="local")
+    assert on_gpu["loss"] == pytest.approx(named["loss"], rel=1e-4)
+    assert max(distance(gpu_grads, grads).values()) < 1e-3
+
+
+@needs_transformer_engine
+@pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-3), ("bf16", 1e-2)])
+def test_transformer_engine_spec_equals_the_local_one(world, model, dtype, bound):
+    precision = {"dtype": dtype}
+    local, local_grads = step(world, model, layer_spec="local", precision=precision)
+    fused, fused_grads = step(world, model, layer_spec="transformer_engine", precision=precision)
+    assert fused["loss"] == pytest.approx(local["loss"], rel=bound)
+    assert max(distance(fused_grads, local_grads).values()) < 5 * bound
+
+
+def test_one_self_play_iteration(tmp_path):
+    config, run = tiny_yaml(tmp_path, device="cuda", precision={"dtype": "bf16"}), tmp_path / "run"
+    run_tool("prepare.py", config, "--run-dir", run)
+    run_tool("import_hf.py", "--hf", tmp_path / "model", "--checkpoint", run / "base", "--config", config, "--run-dir", run)
+    run_tool("generate.py", config, "--run-dir", run, "--iteration", 0)
+    run_tool("train.py", config, "--run-dir", run, "--iteration", 0)
+    rows = metrics(run / "iteration_0/metrics.jsonl")
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-3)
+    target = run / "iteration_0"
+    run_tool("export_hf.py", "--checkpoint", target / "checkpoints", "--hf", target / "hf")
+    assert (target / "hf/model.safetensors").exists()
+    shutil.rmtree(run)
