@@ -11,14 +11,16 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import yaml
 
 from megatron_spin.errors import ConfigError
 
 T = TypeVar("T")
-PerIteration = T | list[T]
+Engine: TypeAlias = Literal["vllm", "hf"]
+Truncated: TypeAlias = Literal["keep", "drop"]
+PerIteration: TypeAlias = T | list[T]
 """A scalar stands for the same value in every iteration; a list has one value an iteration (its last one goes on if it is short)."""
 
 
@@ -90,13 +92,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    engine: PerIteration[Literal["vllm", "hf"]] = "vllm"
+    engine: PerIteration[Engine] = "vllm"
     """``vllm``, or ``hf`` for transformers' generate (faster for tiny models on a CPU)."""
     temperature: PerIteration[float] = 1.0
     top_p: PerIteration[float] = 1.0
     max_new_tokens: PerIteration[int] = 1024
     """Longest generated answer, and the cap of real answers, in tokens; the end token counts."""
-    truncated: PerIteration[Literal["keep", "drop"]] = "keep"
+    truncated: PerIteration[Truncated] = "keep"
     """What becomes of pairs whose generated answer did not end."""
     shard_size: PerIteration[int] = 2048
     """Prompts a shard; an unfinished shard is generated again whole."""
@@ -391,7 +393,9 @@ def _check(config: Config) -> None:
     if parallel.nproc_per_node is not None:
         replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
         if parallel.nproc_per_node % replica and replica % parallel.nproc_per_node:
-            raise ConfigError(f"parallel.nproc_per_node={parallel.nproc_per_node} and the {replica} ranks of a model replica do not divide each other")
+            raise ConfigError(
+                f"parallel.nproc_per_node={parallel.nproc_per_node} and the {replica} ranks of a model replica do not divide each other"
+            )
     for name, pattern in {"answer_pattern": config.evaluation.answer_pattern, **config.evaluation.patterns}.items():
         try:
             groups = re.compile(pattern).groups if pattern is not None else 1

@@ -125,9 +125,7 @@ def processes(config: Config) -> int:
     gpus = gpu_count(config)
     count = wanted or gpus or replica
     if config.device == "cuda" and not gpus:
-        raise DeviceError(
-            "device=cuda, but no GPU is visible to torch: use device=cpu or auto, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
-        )
+        raise DeviceError("device=cuda, but no GPU is visible to torch: use device=cpu or auto, or check nvidia-smi and CUDA_VISIBLE_DEVICES")
     if count % replica:
         origin = "parallel.nproc_per_node" if wanted else "the number of GPUs"
         raise DeviceError(
@@ -135,9 +133,7 @@ def processes(config: Config) -> int:
             f" parallel sizes): set parallel.nproc_per_node={replica} or change the parallel sizes"
         )
     if gpus and count > gpus:
-        raise DeviceError(
-            f"training needs {count} processes, one a GPU, but {gpus} GPUs are visible: lower the parallel sizes or use device=cpu"
-        )
+        raise DeviceError(f"training needs {count} processes, one a GPU, but {gpus} GPUs are visible: lower the parallel sizes or use device=cpu")
     return count
 
 

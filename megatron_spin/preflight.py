@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_spin.config import Config, at_iteration, changes_forbidden
+from megatron_spin.config import Config, Engine, at_iteration, changes_forbidden
 from megatron_spin.errors import CheckpointError, ConfigError, DataError, RunDirError
 from megatron_spin.plan import Plan, Step, gpu_count, processes
 from megatron_spin.run_dir import read_json
@@ -46,9 +46,7 @@ def _check_run_dir(plan: Plan) -> None:
         return
     differing = changes_forbidden(run_dir.config, plan.config)
     if differing:
-        raise RunDirError(
-            f"{run_dir.root} belongs to a run with other values of {', '.join(differing)}: restore them or choose another --run-dir"
-        )
+        raise RunDirError(f"{run_dir.root} belongs to a run with other values of {', '.join(differing)}: restore them or choose another --run-dir")
 
 
 def _check_model(hf: Path) -> None:
@@ -76,13 +74,11 @@ def _check_training(config: Config) -> None:
 
 def _check_engines(config: Config, phases: Sequence[str]) -> None:
     iterations = {int(label) if label.isdigit() else 0 for label in (phase.partition(":")[2] for phase in phases)}
-    engines: set[str] = {at_iteration(config.generation.engine, iteration) for iteration in iterations}
+    engines: set[Engine] = {at_iteration(config.generation.engine, iteration) for iteration in iterations}
     for engine in engines:
         module = {"vllm": "vllm", "hf": "transformers"}[engine]
         if importlib.util.find_spec(module) is None:
-            raise ConfigError(
-                f"generation.engine={engine} needs the Python package {module}, which {sys.executable} lacks: run `make setup`"
-            )
+            raise ConfigError(f"generation.engine={engine} needs the Python package {module}, which {sys.executable} lacks: run `make setup`")
 
 
 def _check_disk(root: Path, hf: Path, models: int) -> None:
@@ -94,9 +90,7 @@ def _check_disk(root: Path, hf: Path, models: int) -> None:
     size = 4 if read_json(hf / "config.json").get("dtype", read_json(hf / "config.json").get("torch_dtype")) == "float32" else 2
     each, free = weights // size * CHECKPOINT_BYTES, shutil.disk_usage(place).free
     if models and free < each:
-        raise RunDirError(
-            f"{place} has {_gb(free)} free, one trained model takes about {_gb(each)}: free some space or choose another --run-dir"
-        )
+        raise RunDirError(f"{place} has {_gb(free)} free, one trained model takes about {_gb(each)}: free some space or choose another --run-dir")
     if free < each * models:
         print(f"warning: {place} has {_gb(free)} free, this run may take {_gb(each * models)}", file=sys.stderr)
 

@@ -80,9 +80,7 @@ def sequence_length(examples: Sequence[Example], multiple: int) -> int:
     return -(-longest // multiple) * multiple
 
 
-def collate(
-    examples: Sequence[Example], *, length: int, device: torch.device, opponent_logps: np.ndarray | None = None
-) -> Microbatch:
+def collate(examples: Sequence[Example], *, length: int, device: torch.device, opponent_logps: np.ndarray | None = None) -> Microbatch:
     """Tensors of one microbatch, the first responses of all examples, then the second ones.
 
     Args:

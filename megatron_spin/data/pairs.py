@@ -1,7 +1,7 @@
 """Training pairs: for each prompt the real answer and the opponent's, of this iteration and, if reused, of the one before. No torch."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ class BuiltPairs:
 
 
 def build_pairs(
-    generated: Sequence[dict[str, Any]], *, iteration: int, truncated: Literal["keep", "drop"], previous: Sequence[Pair] = ()
+    generated: Sequence[Mapping[str, Any]], *, iteration: int, truncated: Literal["keep", "drop"], previous: Sequence[Pair] = ()
 ) -> BuiltPairs:
     """Own pairs from the objects of the shards, in their order, then ``previous`` ones.
 

@@ -61,9 +61,7 @@ def end_token_id(tokenizer: "PreTrainedTokenizerBase", end_token: str | None) ->
     """
     if end_token is None:
         if tokenizer.eos_token_id is None:
-            raise DataError(
-                "the tokenizer has no EOS token and data.end_token is null: set data.end_token to the token that ends an answer"
-            )
+            raise DataError("the tokenizer has no EOS token and data.end_token is null: set data.end_token to the token that ends an answer")
         return int(tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()
     if end_token not in vocabulary:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_spin.config import Config, at_iteration
+from megatron_spin.config import Config, Engine, at_iteration
 from megatron_spin.data.prepared import Row
 from megatron_spin.generation.engine import Completion, EngineSettings, answer_caps, open_session
 from megatron_spin.hf.identity import identity
@@ -124,9 +124,10 @@ def _key(config: Config, player: Player, rows: Sequence[Row]) -> dict[str, Any]:
 
 def _settings(config: Config, player: Player) -> dict[str, Any]:
     """How ``player`` answers. All are cut where the real answers were, at iteration 0's length: else they could not be compared."""
+    engine: Engine = at_iteration(config.generation.engine, player.target.iteration or 0)
     return {
         "dtype": config.precision.export_dtype,
-        "engine": at_iteration(config.generation.engine, player.target.iteration or 0),
+        "engine": engine,
         "max_new_tokens": at_iteration(config.generation.max_new_tokens, 0),
         "seed": config.evaluation.seed,
     }

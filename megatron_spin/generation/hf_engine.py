@@ -73,7 +73,7 @@ class HfSession:
             chosen = sampler.choose(logits, rows)
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 answers[row].append(token)
-            alive = np.array([answers[row][-1] != end and len(answers[row]) < caps[row] for row in rows])
+            alive = np.array([answers[row][-1] != end and len(answers[row]) < caps[int(row)] for row in rows])
             if progress is not None:
                 progress(int((~alive).sum()), len(rows))
             if not alive.any():

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_spin.config import Config, at_iteration
+from megatron_spin.config import Config, Truncated, at_iteration
 from megatron_spin.data.pairs import Pair, build_pairs, previous_pairs, save_pairs
 from megatron_spin.data.prepared import Row, hash_rows, load_rows
 from megatron_spin.errors import ConfigError, RunDirError
@@ -66,7 +66,7 @@ def generate_iteration(config: Config, run_dir: RunDir, iteration: int) -> dict[
     previous: list[Pair] = []
     if config.spin.reuse_previous and iteration > 0:
         previous = previous_pairs(run_dir.target(iteration=iteration - 1).pairs, iteration=iteration - 1, data=data)
-    truncated = at_iteration(config.generation.truncated, iteration)
+    truncated: Truncated = at_iteration(config.generation.truncated, iteration)
     built = build_pairs(store.read(shards), iteration=iteration, truncated=truncated, previous=previous)
     pairs = save_pairs(target.pairs, built, opponent=opponent, data=data)
     print(f"{pairs['num_pairs']} pairs: " + ", ".join(f"{count} {name}" for name, count in built.counts.items()))

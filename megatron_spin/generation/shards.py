@@ -85,8 +85,7 @@ class ShardStore:
             return False
         if difference is not None:
             raise RunDirError(
-                f"{manifest_path} has {difference}: it belongs to another run; restore what made it, or delete {self.directory} and "
-                "generate again"
+                f"{manifest_path} has {difference}: it belongs to another run; restore what made it, or delete {self.directory} and generate again"
             )
         answers = self._answers(shard)
         return answers.exists() and sha256(answers) == manifest["sha256"]

@@ -153,9 +153,7 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
             status = 0
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         hint = "; it may have run out of memory" if status == -signal.SIGKILL else ""
-        return DeviceError(
-            f"the vLLM process {how}{hint}; its log ends: {self._log_end()}; run again to continue, or try generation.engine=hf"
-        )
+        return DeviceError(f"the vLLM process {how}{hint}; its log ends: {self._log_end()}; run again to continue, or try generation.engine=hf")
 
     def _log_end(self) -> str:
         assert self._log is not None

@@ -160,8 +160,7 @@ def _check_head_size(model: dict[str, Any]) -> None:
     size, supported = _head_size(model), CPUAttentionBackend.get_supported_head_sizes()
     if size not in supported:
         raise _RefusedError(
-            f"vLLM on a CPU has no attention for the model's head size {size} (it has {', '.join(map(str, supported))}): "
-            "set generation.engine=hf",
+            f"vLLM on a CPU has no attention for the model's head size {size} (it has {', '.join(map(str, supported))}): set generation.engine=hf",
             "device",
         )
 

@@ -36,9 +36,7 @@ class _Entry:
 
 
 @torch.no_grad()
-def stream_hf(
-    model: Sequence[torch.nn.Module], hf_config: dict[str, Any], dims: ParallelDims, dtype: str
-) -> Iterator[tuple[str, torch.Tensor]]:
+def stream_hf(model: Sequence[torch.nn.Module], hf_config: dict[str, Any], dims: ParallelDims, dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's weights as (Hugging Face name, CPU tensor in ``dtype``), in the order of the layers; a collective.
 
     Each parameter is gathered over its tensor parallel ranks and sent from its pipeline stage to rank 0, one at a time. Rank 0 alone
@@ -201,9 +199,7 @@ def _gather_shards(local: torch.Tensor, dims: ParallelDims) -> list[torch.Tensor
 
 def _check_replaceable(out_dir: Path) -> None:
     if out_dir.exists() and not (out_dir / MARKER).is_file() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise CheckpointError(
-            f"{out_dir} exists and is no export of this program ({MARKER} is missing): choose another directory or remove it"
-        )
+        raise CheckpointError(f"{out_dir} exists and is no export of this program ({MARKER} is missing): choose another directory or remove it")
 
 
 def _replace(temporary: Path, out_dir: Path) -> None:

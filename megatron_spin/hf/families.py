@@ -60,9 +60,7 @@ _LLAMA: dict[str, Rule] = {
     "decoder.layers.{layer}.self_attention.linear_proj.bias": Direct(("model.layers.{layer}.self_attn.o_proj.bias",)),
     "decoder.layers.{layer}.pre_mlp_layernorm.weight": Direct(("model.layers.{layer}.post_attention_layernorm.weight",)),
     "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight": Direct(("model.layers.{layer}.post_attention_layernorm.weight",)),
-    "decoder.layers.{layer}.mlp.linear_fc1.weight": GateUp(
-        tuple(f"model.layers.{{layer}}.mlp.{part}_proj.weight" for part in ("gate", "up"))
-    ),
+    "decoder.layers.{layer}.mlp.linear_fc1.weight": GateUp(tuple(f"model.layers.{{layer}}.mlp.{part}_proj.weight" for part in ("gate", "up"))),
     "decoder.layers.{layer}.mlp.linear_fc1.bias": GateUp(tuple(f"model.layers.{{layer}}.mlp.{part}_proj.bias" for part in ("gate", "up"))),
     "decoder.layers.{layer}.mlp.linear_fc2.weight": RowParallel(("model.layers.{layer}.mlp.down_proj.weight",)),
     "decoder.layers.{layer}.mlp.linear_fc2.bias": Direct(("model.layers.{layer}.mlp.down_proj.bias",)),

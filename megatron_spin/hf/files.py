@@ -81,9 +81,7 @@ class TensorFiles:
             CheckpointError: the file cannot be read, or the tensor is not floating point.
         """
         if self.dtype(name) is None:
-            raise CheckpointError(
-                f"tensor {name} in {self.directory} is not floating point: quantized models are not supported, use a full one"
-            )
+            raise CheckpointError(f"tensor {name} in {self.directory} is not floating point: quantized models are not supported, use a full one")
         try:
             return self._handles[self._file_of[name]].get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -99,16 +97,12 @@ class TensorFiles:
     def _locate(self) -> dict[str, str]:
         """Maps tensor names to file names; opens all files."""
         if not self.directory.is_dir():
-            raise CheckpointError(
-                f"{self.directory} is not a directory: give a Hugging Face model directory with config.json and *.safetensors"
-            )
+            raise CheckpointError(f"{self.directory} is not a directory: give a Hugging Face model directory with config.json and *.safetensors")
         index = self.directory / INDEX_FILE
         if (self.directory / SINGLE_FILE).is_file():
             return dict.fromkeys(self._open(SINGLE_FILE), SINGLE_FILE)
         if not index.is_file():
-            raise CheckpointError(
-                f"{self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}: save it with transformers' save_pretrained"
-            )
+            raise CheckpointError(f"{self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}: save it with transformers' save_pretrained")
         contents = _read_json(index)
         if not isinstance(contents, dict) or not isinstance(contents.get("weight_map"), dict):
             raise CheckpointError(f"{index} has no weight_map: copy the model again")
@@ -116,9 +110,7 @@ class TensorFiles:
         present = {file: self._open(file) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
             if name not in present[file]:
-                raise CheckpointError(
-                    f"tensor {name} is not in {self.directory / file}, where {INDEX_FILE} says it is: copy the model again"
-                )
+                raise CheckpointError(f"tensor {name} is not in {self.directory / file}, where {INDEX_FILE} says it is: copy the model again")
         return weight_map
 
     def _open(self, file: str) -> set[str]:
@@ -161,7 +153,7 @@ def write_safetensors(tensors: Iterable[tuple[str, torch.Tensor]], directory: Pa
     if len(parts) == 1:
         parts[0].rename(directory / SINGLE_FILE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts):
         final = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
         part.rename(directory / final)

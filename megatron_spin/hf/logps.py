@@ -37,9 +37,7 @@ def load_model(hf_dir: Path, *, dtype: str, device: torch.device) -> torch.nn.Mo
 
 
 @torch.inference_mode()
-def hf_token_logps(
-    model: Any, sequences: Sequence[tuple[TokenIds, TokenIds]], *, batch_size: int, device: torch.device | str
-) -> list[torch.Tensor]:
+def hf_token_logps(model: Any, sequences: Sequence[tuple[TokenIds, TokenIds]], *, batch_size: int, device: torch.device | str) -> list[torch.Tensor]:
     """log p(response token | all before) for each token of each response, in nats.
 
     Logits are turned into log-probs in fp32 whatever the model's dtype. Sequences of similar length share a batch, padded on the right.

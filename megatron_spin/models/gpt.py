@@ -93,9 +93,7 @@ def gpt_model(
     hf_config: dict[str, Any], config: Config, dims: ParallelDims, *, pre_process: bool, post_process: bool, vp_stage: int | None
 ) -> GPTModel:
     """This pipeline stage's GPTModel, with uninitialized weights; the vocabulary is padded for tensor parallelism."""
-    vocabulary = padded_vocab_size(
-        hf_config["vocab_size"], divisible_by=config.model.make_vocab_size_divisible_by, tensor_parallel=dims.tp_size
-    )
+    vocabulary = padded_vocab_size(hf_config["vocab_size"], divisible_by=config.model.make_vocab_size_divisible_by, tensor_parallel=dims.tp_size)
     transformer = transformer_config(hf_config, config, dims)
     return GPTModel(
         config=transformer,
@@ -149,9 +147,7 @@ def _rope_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     if rope["rope_type"] == "llama3":
         for name, fixed in LLAMA3_ROPE.items():
             if rope.get(name) != fixed:
-                raise ConfigError(
-                    f"the model's RoPE scaling has {name}={rope.get(name)}: Megatron computes llama3 scaling with {fixed} only"
-                )
+                raise ConfigError(f"the model's RoPE scaling has {name}={rope.get(name)}: Megatron computes llama3 scaling with {fixed} only")
         return {**arguments, "rope_scaling": True, "rope_scaling_factor": rope["factor"]}
     if rope["rope_type"] != "default":
         raise ConfigError(f"the model's RoPE scaling {rope['rope_type']!r} is not supported: default, linear and llama3 are")

@@ -82,9 +82,7 @@ def _check_provided(model: MegatronModule, config: Config) -> None:
     for name in ("hidden_dropout", "attention_dropout"):
         value = getattr(model.config, name, 0.0)
         if value:
-            raise ConfigError(
-                f"{where} sets {name}={value}: it must be 0, since scoring and training must be one function (Megatron has 0.1)"
-            )
+            raise ConfigError(f"{where} sets {name}={value}: it must be 0, since scoring and training must be one function (Megatron has 0.1)")
     wrong = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()} - allowed_dtypes(config)
     if wrong:
         raise ConfigError(f"{where} made {wrong.pop()} parameters, but precision.dtype={config.precision.dtype}: make them agree")

@@ -85,9 +85,7 @@ def megatron_region() -> Iterator[None]:
 class _CpuForCuda(TorchFunctionMode):
     """Maps ``cuda`` devices to the CPU, drops pinning, and lets CPU tensors pass for CUDA ones where Megatron compares type names."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)

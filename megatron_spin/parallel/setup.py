@@ -134,9 +134,7 @@ def layout_errors(config: Config, hf_config: dict[str, Any], *, world_size: int)
             "choose a divisor or a multiple"
         )
     if layers % pp:
-        errors.append(
-            f"parallel.pipeline_model_parallel_size={pp} does not divide the model's num_hidden_layers={layers}: choose a divisor"
-        )
+        errors.append(f"parallel.pipeline_model_parallel_size={pp} does not divide the model's num_hidden_layers={layers}: choose a divisor")
     if parallel.sequence_parallel and tp == 1:
         errors.append("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1, which is 1: set it to false")
     replica = tp * pp * cp
@@ -209,9 +207,7 @@ def check_precision(config: Config, device: torch.device) -> None:
             f"Transformer Engine {engine or 'absent'}; recipes that can: {', '.join(possible) or 'none'}: set precision.fp8 to null"
         )
     if layer_spec(config, device) != "transformer_engine":
-        raise DeviceError(
-            f"precision.fp8={fp8} needs Transformer Engine's layers: set layer_spec: transformer_engine, or precision.fp8 to null"
-        )
+        raise DeviceError(f"precision.fp8={fp8} needs Transformer Engine's layers: set layer_spec: transformer_engine, or precision.fp8 to null")
 
 
 def check_config(config: Config, device: torch.device, *, world_size: int) -> None:

@@ -114,8 +114,7 @@ def check_parity(hf_dir: Path, probe: Probe, *, dtype: str, bound: Bound, device
     sequences = probe.sequences()
     logps = hf_token_logps(model, sequences, batch_size=batch_size, device=device)
     differences = [
-        (row_logps - expected[mask]).abs()
-        for row_logps, expected, mask in zip(logps, probe.token_logps, probe.response_mask.bool(), strict=True)
+        (row_logps - expected[mask]).abs() for row_logps, expected, mask in zip(logps, probe.token_logps, probe.response_mask.bool(), strict=True)
     ]
     together = torch.cat(differences)
     # NaN compares false with everything: it must count as the largest difference, not as none.

@@ -37,7 +37,13 @@ class BatchShape:
 
 
 def score(
-    model: Sequence[torch.nn.Module], examples: Sequence[Example], indices: np.ndarray, *, shape: BatchShape, dims: ParallelDims, progress: bool = False
+    model: Sequence[torch.nn.Module],
+    examples: Sequence[Example],
+    indices: np.ndarray,
+    *,
+    shape: BatchShape,
+    dims: ParallelDims,
+    progress: bool = False,
 ) -> np.ndarray:
     """Summed log-probs of the responses of ``examples[indices]``, [len(indices), r] float32, on every rank; a collective."""
     count, kinds = len(indices), len(examples[0].responses)

@@ -195,8 +195,14 @@ def _model_key(model: Sequence[torch.nn.Module], index: int) -> str:
     return "model" if len(model) == 1 else f"model{index}"
 
 
+def _sharded_weights(chunk: torch.nn.Module) -> dict[str, Any]:
+    core: Any = unwrap(chunk)  # a MegatronModule
+    state: dict[str, Any] = core.sharded_state_dict(metadata=METADATA)
+    return state
+
+
 def _sharded_state(model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {_model_key(model, i): unwrap(chunk).sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(model)}
+    state: dict[str, Any] = {_model_key(model, i): _sharded_weights(chunk) for i, chunk in enumerate(model)}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=METADATA)
     return state

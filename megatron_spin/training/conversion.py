@@ -6,7 +6,6 @@ from typing import Any
 
 from megatron_spin.config import Config
 from megatron_spin.errors import CheckpointError, GateError
-from megatron_spin.spin.parity import BOUNDS, PROBE_FILE, Probe, check_parity, megatron_probe, random_sequences
 from megatron_spin.hf.assets import copy_assets, set_dtype
 from megatron_spin.hf.collective import raised_everywhere
 from megatron_spin.hf.export import export_hf, stream_hf
@@ -15,6 +14,7 @@ from megatron_spin.hf.identity import IdentityHasher, identity
 from megatron_spin.hf.load import load_hf
 from megatron_spin.models.provider import build_model
 from megatron_spin.parallel.setup import ParallelDims
+from megatron_spin.spin.parity import BOUNDS, PROBE_FILE, Probe, check_parity, megatron_probe, random_sequences
 from megatron_spin.training.checkpoint import latest_step, load_checkpoint, save_checkpoint
 
 ASSETS = "hf"
@@ -60,9 +60,7 @@ def import_model(config: Config, checkpoint: Path, *, dims: ParallelDims) -> Con
         if dims.rank == 0:
             expected = identity(source, dtype)
             if hasher.hexdigest() != expected:
-                raise GateError(
-                    f"the model loaded from {source} streams back with identity {hasher.hexdigest()}, not {expected}: weights were lost"
-                )
+                raise GateError(f"the model loaded from {source} streams back with identity {hasher.hexdigest()}, not {expected}: weights were lost")
             parity = check_parity(source, probe, dtype=dtype, bound=BOUNDS[dtype], device=dims.device)
             copy_assets(source, checkpoint / ASSETS)
             set_dtype(checkpoint / ASSETS, dtype)

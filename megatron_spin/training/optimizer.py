@@ -9,6 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_spin.config import Config
 from megatron_spin.errors import ConfigError
@@ -61,7 +62,7 @@ def optimizer_config(config: Config, *, learning_rate: float) -> OptimizerConfig
 
 
 def wrap_and_optimize(
-    model: Sequence[torch.nn.Module], config: Config, *, dims: ParallelDims, learning_rate: float
+    model: Sequence[MegatronModule], config: Config, *, dims: ParallelDims, learning_rate: float
 ) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     """Megatron's DistributedDataParallel around each chunk, and the optimizer of its gradients.
 

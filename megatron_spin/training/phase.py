@@ -124,9 +124,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
 
     label = f"train {target.label}"
     state = {"iteration": target.iteration, "baseline": target.baseline, "opponent": inputs.opponent, "pairs": inputs.pairs}
-    with MetricsWriter(
-        target.metrics, target.tensorboard, step=done, total=trainer.schedule.total, label=label, enabled=dims.rank == 0
-    ) as writer:
+    with MetricsWriter(target.metrics, target.tensorboard, step=done, total=trainer.schedule.total, label=label, enabled=dims.rank == 0) as writer:
         every = config.training.checkpoint_every
         trainer.run(writer, checkpoints=target.checkpoints, done=done, every=every, state=state, gate=gate)
     _write_probe(target, trainer)

@@ -82,7 +82,9 @@ class Trainer:
         row |= {"grad_norm": norm, "learning_rate": rate, "tokens": tokens, "pairs": len(chosen)}
         return {**row, "seconds": round(time.perf_counter() - started, 6)}
 
-    def run(self, writer: MetricsWriter, *, checkpoints: Path, done: int, every: int, state: dict[str, Any], gate: Callable[[float], None] | None) -> None:
+    def run(
+        self, writer: MetricsWriter, *, checkpoints: Path, done: int, every: int, state: dict[str, Any], gate: Callable[[float], None] | None
+    ) -> None:
         """Steps ``done`` .. ``schedule.total`` - 1, with a checkpoint every ``every`` steps and after the last.
 
         Args:

@@ -68,9 +68,7 @@ EMBEDDING, LAST_GATE = "model.embed_tokens.weight", "model.layers.3.mlp.gate_pro
     ],
 )
 @pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (1, 2), (2, 2)])
-def test_weights_that_do_not_fit_are_refused_on_every_rank(
-    world, models, tmp_path, change: Change, message: str, tp_size: int, pp_size: int
-) -> None:
+def test_weights_that_do_not_fit_are_refused_on_every_rank(world, models, tmp_path, change: Change, message: str, tp_size: int, pp_size: int) -> None:
     altered = shutil.copytree(models["llama_tied"], tmp_path / "altered")
     weights = load_file(altered / "model.safetensors")
     change(weights)
@@ -95,23 +93,17 @@ def test_copies_of_a_tied_embedding_that_differ_by_one_bit_are_caught(world, mod
 
 @pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 2)])
 def test_an_export_that_cannot_be_written_leaves_nothing(world, models, tmp_path, tp_size: int, pp_size: int) -> None:
-    errors = world(tp_size * pp_size).run(
-        export_without_space, models["llama"], tmp_path / "out", tp_size=tp_size, pp_size=pp_size, limit=45_000
-    )
+    errors = world(tp_size * pp_size).run(export_without_space, models["llama"], tmp_path / "out", tp_size=tp_size, pp_size=pp_size, limit=45_000)
     assert errors == [errno.EFBIG] * (tp_size * pp_size)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("case", "tp_size", "pp_size"), [("llama_tied", 1, 1), ("llama", 2, 1), ("mistral", 1, 2), ("llama_one_kv_head", 2, 2)]
-)
+@pytest.mark.parametrize(("case", "tp_size", "pp_size"), [("llama_tied", 1, 1), ("llama", 2, 1), ("mistral", 1, 2), ("llama_one_kv_head", 2, 2)])
 def test_the_gate_catches_one_altered_weight(world, models, tmp_path, case: str, tp_size: int, pp_size: int) -> None:
     """One element of a tensor changed by 2%, the largest one; the smallest fault that was caught is printed."""
     names = ["model.layers.0.self_attn.v_proj.weight", "model.layers.3.mlp.down_proj.weight", "model.norm.weight"]
     faults = [(name, change) for name in names for change in (0.02, 0.001)]
-    sound, *results = world(tp_size * pp_size).run(
-        gate_differences, models[case], tmp_path, tp_size=tp_size, pp_size=pp_size, faults=faults
-    )[0]
+    sound, *results = world(tp_size * pp_size).run(gate_differences, models[case], tmp_path, tp_size=tp_size, pp_size=pp_size, faults=faults)[0]
     assert isinstance(sound, float) and sound <= 2e-5, sound
     caught = {fault: isinstance(result, str) for fault, result in zip(faults, results, strict=True)}
     print({name: min(change for (n, change), found in caught.items() if n == name and found) for name in names})

@@ -214,9 +214,7 @@ def back_to_training(source: Path, copy: Path) -> Path:
     """A copy of a finished run in which iteration 0 has been generated and nothing after it has been done."""
     shutil.copytree(source, copy)
     state = json.loads((copy / "state.json").read_text())
-    state["phases"] = {
-        phase: done for phase, done in state["phases"].items() if phase in ("prepare", "import", "evaluate:sft", "generate:0")
-    }
+    state["phases"] = {phase: done for phase, done in state["phases"].items() if phase in ("prepare", "import", "evaluate:sft", "generate:0")}
     (copy / "state.json").write_text(json.dumps(state))
     for name in ("checkpoints", "hf", "metrics.jsonl", "eval.json", "DONE"):
         path = copy / "iteration_0" / name

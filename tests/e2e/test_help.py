@@ -26,9 +26,7 @@ def test_help_of_every_tool(tool: Path) -> None:
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
 def test_an_unknown_option_is_the_users_mistake(tool: Path) -> None:
-    ran = subprocess.run(
-        [sys.executable, str(tool), "--no-such-option"], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
-    )
+    ran = subprocess.run([sys.executable, str(tool), "--no-such-option"], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 2 and "Traceback" not in ran.stderr
 
 

@@ -174,8 +174,8 @@ def gate_differences(hf_dir: Path, work: Path, *, tp_size: int, pp_size: int, fa
     from megatron_spin.errors import GateError
 
     model, dims = start(hf_dir, tp_size=tp_size, pp_size=pp_size)
-    from megatron_spin.spin.parity import BOUNDS, check_parity, megatron_probe, random_sequences
     from megatron_spin.hf.load import load_hf
+    from megatron_spin.spin.parity import BOUNDS, check_parity, megatron_probe, random_sequences
 
     load_hf(model, hf_dir, dims)
     probe = megatron_probe(model, random_sequences(json.loads((hf_dir / "config.json").read_text())), dims=dims)

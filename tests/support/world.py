@@ -14,7 +14,7 @@ from typing import Any
 TIMEOUT = 300
 
 
-class RankFailed(Exception):
+class RankError(Exception):
     """A rank raised; the message holds its traceback."""
 
 
@@ -47,7 +47,7 @@ class World:
             results.append(value)
         if failure is not None:
             self.close()
-            raise RankFailed(failure)
+            raise RankError(failure)
         return results
 
     def close(self) -> None:

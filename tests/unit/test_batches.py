@@ -62,7 +62,7 @@ def test_epochs_are_shuffled_differently_and_repeatably():
 
 
 def test_too_few_examples():
-    with pytest.raises(DataError, match="7 training examples are fewer than training.global_batch_size=8"):
+    with pytest.raises(DataError, match=r"7 training examples are fewer than training\.global_batch_size=8"):
         BatchSampler(7, 8, 0)
 
 

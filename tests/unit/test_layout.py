@@ -27,9 +27,7 @@ def layout(tp: int = 1, pp: int = 1, *, world_size: int, training: dict | None =
     return setup.layout_errors(config(parallel=parallel, training=training), {**HF, **changes}, world_size=world_size)
 
 
-@pytest.mark.parametrize(
-    ("tp", "pp", "world_size"), [(1, 1, 1), (2, 1, 2), (4, 1, 4), (8, 1, 8), (2, 2, 4), (1, 4, 8), (2, 2, 16), (1, 1, 8)]
-)
+@pytest.mark.parametrize(("tp", "pp", "world_size"), [(1, 1, 1), (2, 1, 2), (4, 1, 4), (8, 1, 8), (2, 2, 4), (1, 4, 8), (2, 2, 16), (1, 1, 8)])
 def test_layouts_that_fit(tp, pp, world_size):
     """TP 4 and 8 exceed the 2 key/value heads: Megatron shares them between ranks."""
     assert layout(tp, pp, world_size=world_size) == []
@@ -103,9 +101,7 @@ def test_fp8_table(capability, cuda, engine, recipes):
 
 
 def test_fp8_and_transformer_engine_are_refused_on_a_cpu():
-    with pytest.raises(
-        DeviceError, match=r"precision.fp8=hybrid .* cannot run on a CPU .* recipes that can: none: set precision.fp8 to null"
-    ):
+    with pytest.raises(DeviceError, match=r"precision.fp8=hybrid .* cannot run on a CPU .* recipes that can: none: set precision.fp8 to null"):
         setup.check_precision(config(precision={"fp8": "hybrid"}), CPU)
     with pytest.raises(ConfigError, match=r"precision.fp8='e5m2' is not a format: choose one of e4m3, hybrid"):
         setup.check_precision(config(precision={"fp8": "e5m2"}), CPU)
@@ -161,9 +157,7 @@ def test_another_apex_is_named(tmp_path: Path, monkeypatch, module, refused):
 
 def run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).resolve().parents[2]
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=_environment(root, *path), timeout=300
-    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=_environment(root, *path), timeout=300)
 
 
 def _environment(*path: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_spin.errors import ConfigError
 from tests.support.tiny import tiny_model
-from tests.support.world import RankFailed, World
+from tests.support.world import RankError, World
 
 VOCABULARY = 101  # needs padding
 LENGTH = 40  # beyond Mistral's window
@@ -271,7 +271,7 @@ def test_padded_vocabulary_is_megatrons(world):
 
 
 def test_a_failure_in_a_rank_shows_its_traceback(world):
-    with pytest.raises(RankFailed, match="ZeroDivisionError"):
+    with pytest.raises(RankError, match="ZeroDivisionError"):
         world.run(divmod, 1, 0)
 
 
