@@ -1,7 +1,7 @@
 """The package and its extras.
 
-``requirements.lock`` is what ``make setup`` installs, pinned, for a CPU or one GPU with torch's own CUDA build. The extras are for those who
-install into an environment of their own; ``gpu`` is for a cluster node and wants Python 3.12 (the newest that its wheels are built for).
+``requirements.lock`` is what ``make setup`` installs, pinned, for a CPU or one GPU with torch's own CUDA build. The extras are for those
+who install into an environment of their own; ``gpu`` is for a cluster node and wants Python 3.12.
 """
 
 from setuptools import find_packages, setup

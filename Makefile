@@ -1,0 +1,60 @@
+# Everything runs in .venv, which `make setup` makes from requirements.lock; each target below that needs it calls it first.
+# Variables: PYTHON (the interpreter that .venv is made with). pip's own variables and configuration files are taken as they are.
+
+PYTHON ?= python3.11
+unexport PYTHON # the scripts take .venv's
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.setup-done
+LOG := $(VENV)/setup.log
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup test test-slow lint quickstart clean
+
+help: ## what can be made
+	@echo 'usage: make TARGET'
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
+
+setup: $(STAMP) ## .venv with everything, from requirements.lock (does nothing if it is up to date)
+	@cat $(STAMP)
+
+# Plain pins without dependency resolution: see the head of requirements.lock. A CUDA build of torch also wants NVIDIA's libraries, in the
+# versions its own metadata name; the CPU build wants nothing more, so that the last-but-one pip does nothing there.
+$(STAMP): requirements.lock setup.py pyproject.toml
+	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	  echo 'error: $(PYTHON) is not a Python 3.11, which requirements.lock is for: install it, or run make PYTHON=/path/to/python3.11' >&2; exit 2; }
+	@echo 'make setup: installs $(words $(shell grep -v "^\#" requirements.lock)) packages into $(VENV) with '"$$($(PYTHON) --version)"
+	@echo '  needs 3 GB of disk and 3 to 8 minutes with the CPU build of torch, 7 GB and 3 minutes more with the CUDA build; Linux x86-64, a package index'
+	@echo '  log: $(LOG)'
+	@start=$$SECONDS; \
+	$(RUN) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
+	  echo 'error: $(PYTHON) cannot make a virtual environment: install its venv and ensurepip modules (python3.11-venv on Debian)' >&2; exit 2; }; \
+	{ $(RUN) -m pip install --no-deps -r requirements.lock && \
+	  $(RUN) -m pip install --constraint requirements.lock "$$(grep '^torch==' requirements.lock)" && \
+	  $(RUN) -m pip install --no-deps --no-build-isolation -e . ; } >$(LOG) 2>&1 || { \
+	  tail -n 15 $(LOG) >&2; echo 'error: pip failed (above; whole log in $(LOG)): mend the cause and run make setup again' >&2; exit 2; }; \
+	$(RUN) -c 'import torch; print(f"set-up: torch {torch.__version__}, the", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU", "build")' >$(STAMP).tmp; \
+	mv $(STAMP).tmp $(STAMP); \
+	echo "make setup: done in $$((SECONDS - start)) s, $$(du -sh $(VENV) | cut -f1) in $(VENV)"
+
+test: setup ## the tests, at most 15 minutes on two cores
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: setup ## the long tests, at most 45 minutes more
+	$(RUN) -m pytest -m slow
+
+lint: setup ## ruff, mypy and shellcheck over everything
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy megatron_spin
+	$(VENV)/bin/shellcheck .ci/run $$(find . -path './.*' -prune -o -path ./runs -prune -o \( -name '*.sh' -o -name '*.sbatch' \) -print)
+
+quickstart: setup ## self-play end to end on this machine; DATA=path.jsonl for your own SFT data [EVAL= OUT= ENGINE= SEED=]
+	examples/quickstart/quickstart.sh $(foreach name,DATA EVAL OUT ENGINE SEED,$(if $($(name)),'$(name)=$($(name))'))
+
+clean: ## .venv and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
