@@ -61,9 +61,7 @@ def main() -> None:
     if dims.rank == 0:
         print(f"{phase}: {checkpoint} -> {out_dir}, {result}")
         if run is not None:
-            run[1].mark_done(
-                phase, seconds=time.monotonic() - started, identity=result.identity, dtype=dtype, step=result.step, **result.parity
-            )
+            run[1].mark_done(phase, seconds=time.monotonic() - started, identity=result.identity, dtype=dtype, step=result.step, **result.parity)
 
 
 if __name__ == "__main__":
