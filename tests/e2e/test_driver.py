@@ -135,6 +135,7 @@ def test_a_finished_run_does_nothing(finished: tuple[Path, float], workplace: Pa
     assert "train:1: already done" in ran.stdout
 
 
+@pytest.mark.slow
 def test_self_play_with_vllm(workplace: Path) -> None:
     ran = spin(workplace, "generation.engine=vllm", "parallel.tensor_model_parallel_size=1", "baselines={}", "--run-dir", "vllm")
     assert ran.returncode == 0, f"{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
@@ -156,6 +157,8 @@ def test_until_stops_after_the_phase(workplace: Path) -> None:
     assert list(json.loads((workplace / "until/state.json").read_text())["phases"]) == ["prepare"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_killed_at_a_random_moment_it_ends_the_same(finished: tuple[Path, float], workplace: Path) -> None:
     undisturbed, seconds = finished
     seed = int(os.environ.get("SPIN_TEST_SEED", time.time_ns() % 1_000_000))

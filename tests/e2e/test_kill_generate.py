@@ -33,7 +33,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("engine", ["hf", "vllm"])
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
 def test_killed_and_run_again(tmp_path, engine):
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")

@@ -101,6 +101,7 @@ def test_resumed_equals_uninterrupted_even_without_the_score_cache(trained, tmp_
     assert weights(run) == weights(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks_and_layout", [(2, "parallel.tensor_model_parallel_size=2"), (2, "parallel.pipeline_model_parallel_size=2")])
 def test_another_layout_trains_alike_and_resumes_a_run_of_one_process(fresh, trained, tmp_path, ranks_and_layout):
     ranks, layout = ranks_and_layout
