@@ -7,7 +7,7 @@ from megatron_spin import cli
 
 def main() -> None:
     parser = cli.config_parser("Read, check and tokenize the SFT data into RUN_DIR/data, with a held-out part if the config asks for one.")
-    config, root = cli.read_config(parser.parse_args())
+    config, root = cli.read_config(cli.parse(parser))
 
     from megatron_spin.data.preparation import describe, prepare
     from megatron_spin.run_dir import RunDir
