@@ -1,7 +1,7 @@
 """Makes an untrained Llama and a tokenizer for it, as a Hugging Face directory in fp32.
 
 Without ``--bpe`` the tokenizer has one token a word and one a digit, made from the words of ``--data``, and the model is tiny (90 thousand
-parameters). With ``--bpe N`` it is a byte-level BPE of N tokens trained on ``--data``, and the model is small (5 million parameters).
+parameters). With ``--bpe N`` it is a byte-level BPE of N tokens trained on ``--data``, and the model is small (1.4 million parameters).
 """
 
 import argparse
@@ -27,11 +27,11 @@ TINY = {
     "max_position_embeddings": 128,
 }
 SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
+    "hidden_size": 128,
+    "intermediate_size": 384,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
 }
 

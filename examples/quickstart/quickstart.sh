@@ -9,7 +9,7 @@ usage: examples/quickstart/quickstart.sh [DATA=FILE [EVAL=FILE]] [OUT=DIR] [ENGI
 
 Without DATA: word problems, a Llama of 90 thousand parameters; at most 12 minutes on two cores.
 With DATA:    your own SFT file (JSONL, JSON or Parquet; prompt/response, instruction/input/output, question/answer or messages), a byte-level
-              BPE of 4,096 tokens and a Llama of 5 million parameters; at most 20 minutes on two cores.
+              BPE of 4,096 tokens and a Llama of 1.4 million parameters; at most 20 minutes on two cores.
 
   DATA=FILE     SFT data of your own
   EVAL=FILE     held-out data in the same format (default: 10% of DATA, by prompt)

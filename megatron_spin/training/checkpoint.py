@@ -5,9 +5,11 @@ complete checkpoint. ``checksums.json`` holds the SHA-256 of each file and is ve
 Megatron reads its common state with ``weights_only``, and the pickled ``.metadata`` passes through an unpickler restricted to plain classes.
 """
 
+import errno
 import functools
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -19,6 +21,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spin.errors import CheckpointError
 from megatron_spin.hf.parameters import unwrap
@@ -28,6 +31,8 @@ from megatron_spin.run_dir import atomic_writer, sha256, write_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
+FULL = 64 * 2**20
+"""Free bytes below which a failed write is taken for a full disk: torch's own writer says only "unexpected pos"."""
 # `fully_reshardable` loads into any layout; Megatron's default sharding fails with "flattened_range is not supported".
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 SAFE_CLASSES = re.compile(
@@ -71,6 +76,9 @@ def save_checkpoint(
     """Writes the checkpoint of ``step``; a collective. ``state`` is plain data that :func:`load_checkpoint` gives back.
 
     The main weights and the optimizer's moments are saved in fp32, so the next iteration starts from unrounded weights.
+
+    Raises:
+        OSError: the disk is full; earlier checkpoints and the tracker are untouched.
     """
     final = checkpoint_path(directory, step)
     partial = directory / f".{final.name}.partial"
@@ -81,7 +89,14 @@ def save_checkpoint(
     with megatron_region():
         sharded = _sharded_state(model, optimizer, is_loading=False)
         sharded |= {"iteration": step, "checkpoint_version": 3.0, "spin": state or {}}
-        dist_checkpointing.save(sharded, str(partial), content_metadata=METADATA)
+        try:
+            dist_checkpointing.save(sharded, str(partial), content_metadata=METADATA)
+        except CheckpointException as error:  # Megatron writes in processes of its own: only the text of what they met comes back
+            full = f"[Errno {errno.ENOSPC}]" in str(error) or shutil.disk_usage(partial).free < FULL
+            shutil.rmtree(partial, ignore_errors=True)
+            if full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final)) from error
+            raise
     sums = _checksums(partial, dims)
     if dims.rank == 0:
         write_json(partial / CHECKSUMS, sums)

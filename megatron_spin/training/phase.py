@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_spin.data.batches import BatchSampler, Example, sequence_length
 from megatron_spin.data.pairs import load_pairs
 from megatron_spin.data.prepared import load_rows
 from megatron_spin.errors import GateError, RunDirError
+from megatron_spin.hf.assets import copy_assets
 from megatron_spin.hf.collective import raised_everywhere
 from megatron_spin.hf.export import stream_hf
 from megatron_spin.hf.files import read_config
@@ -119,8 +119,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
         load_checkpoint(target.checkpoints, trainer.model, dims=dims, optimizer=trainer.optimizer)
         say(f"resumed from step {done} of {trainer.schedule.total}")
     elif dims.rank == 0:
-        target.checkpoints.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source / "hf", target.checkpoints / "hf", dirs_exist_ok=True)
+        copy_assets(source / "hf", target.checkpoints / "hf")
 
     label = f"train {target.label}"
     state = {"iteration": target.iteration, "baseline": target.baseline, "opponent": inputs.opponent, "pairs": inputs.pairs}
