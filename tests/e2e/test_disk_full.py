@@ -18,7 +18,12 @@ def test_checkpoint_on_a_full_disk(fresh, trained):
     script = 'mount -t tmpfs -o size=900k none "$0" && shift 0 && "$@"; status=$?; ls -A "$0"; exit $status'
     train = command("train.py", config, "--run-dir", run, "--iteration", 0)
     result = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", script, str(checkpoints), *train], capture_output=True, text=True, env=environment(), cwd=REPOSITORY, check=False
+        ["unshare", "-rm", "bash", "-c", script, str(checkpoints), *train],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=REPOSITORY,
+        check=False,
     )
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and len(errors) == 1 and "no space left" in errors[0], result.stderr[-3000:]

@@ -1,6 +1,7 @@
 """Gloo worlds that stay alive: processes that run one function after another as the ranks of a process group."""
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -100,6 +101,7 @@ def _leave() -> None:
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
+    gc.collect()  # models and optimizers hold groups in cycles; a group that outlives its peers spins in its thread
     dist.destroy_process_group()
 
 
