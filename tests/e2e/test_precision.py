@@ -25,7 +25,7 @@ def main_weights(directory: str) -> dict[str, np.ndarray]:
     path = Path(directory)
     with megatron_region():
         tensors = dist_checkpointing.load_plain_tensors(str(checkpoint_path(path, latest_step(path) or 0)))
-    found = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor) and "state.param." in name or "fp32_param" in name}
+    found = {name: tensor for name, tensor in tensors.items() if "state.param." in name or "fp32_param" in name}
     return {name: tensor.float().numpy() for name, tensor in found.items()}
 
 
