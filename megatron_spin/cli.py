@@ -4,19 +4,28 @@ import argparse
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_spin.config import Config, load_config
-from megatron_spin.errors import SpinError
+from megatron_spin.errors import ConfigError, SpinError
 
 ERROR_FILE_VARIABLE = "SPIN_ERROR_FILE"
 """Names a file into which the first failing process writes ``STATUS<TAB>message``; the driver reads it after torchrun has ended."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are one line, like any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}: see tools/{self.prog} --help")
+
+
 def config_parser(description: str) -> argparse.ArgumentParser:
     """The arguments of a phase: ``CONFIG --run-dir DIR [key=value ...]``."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("config", metavar="CONFIG", help="YAML file; megatron_spin/config.py lists the keys")
     parser.add_argument("--run-dir", type=Path, help="run directory (default: runs/NAME, NAME from the config)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dots, for example spin.beta=0.2")
@@ -55,20 +64,29 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _fail(f"no space left on the disk while writing {error.filename or 'a file'}: free some space and run the same command again", 2)
-        _note(f"{type(error).__name__}: {error}", 1)
-        raise
+        _defect(error)
     except Exception as error:
-        _note(f"{type(error).__name__}: {error}", 1)
-        raise
+        _defect(error)
+
+
+def _defect(error: Exception) -> None:
+    _note(f"{type(error).__name__}: {error}", 1)
+    traceback.print_exc()
+    _leave(1)
 
 
 def _fail(message: str, status: int) -> None:
     line = " ".join(message.split())
     _note(line, status)
     print(f"error: {line}", file=sys.stderr, flush=True)
+    _leave(status)
+
+
+def _leave(status: int) -> None:
     # A process that belongs to a group must not wait for its peers in destructors: they may hang in a collective.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -159,6 +159,8 @@ class TrainingConfig:
     """Share of the steps in which the rate rises linearly from zero."""
     checkpoint_every: int = 200
     """Steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints of an iteration stay on the disk."""
     seed: int = 0
     """Seed of the order of pairs."""
     optimizer: dict[str, Any] = dataclasses.field(default_factory=lambda: {"optimizer": "adam", "clip_grad": 1.0, "weight_decay": 0.0})
@@ -204,7 +206,7 @@ class Config:
 
 
 RESUMABLE = (
-    "name", "device", "parallel", "spin.iterations", "training.checkpoint_every", "training.micro_batch_size",
+    "name", "device", "parallel", "spin.iterations", "training.checkpoint_every", "training.keep_checkpoints", "training.micro_batch_size",
     "generation.batch_size", "generation.vllm", "evaluation.batch_size", "baselines",
 )  # fmt: skip
 """What may differ when a run directory is opened again; anything else would contradict what is already there."""
@@ -361,7 +363,7 @@ def _check(config: Config) -> None:
         "parallel.context_parallel_size": parallel.context_parallel_size,
         "parallel.nproc_per_node": parallel.nproc_per_node,
         "model.make_vocab_size_divisible_by": config.model.make_vocab_size_divisible_by,
-        **{f"training.{name}": getattr(training, name) for name in ("global_batch_size", "micro_batch_size", "checkpoint_every")},
+        **{f"training.{name}": getattr(training, name) for name in ("global_batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints")},
         **{f"training.{name}": getattr(training, name) for name in ("epochs", "steps", "learning_rate")},
         **{f"spin.{name}": getattr(spin, name) for name in ("iterations", "beta")},
         **{f"generation.{name}": getattr(generation, name) for name in ("max_new_tokens", "shard_size", "batch_size", "top_p")},
@@ -404,8 +406,8 @@ def _check(config: Config) -> None:
         if name == "answer_pattern" and groups != 1:
             raise ConfigError(f"evaluation.answer_pattern={pattern!r} has {groups} groups: it needs exactly one, around the answer")
     for name in config.baselines:
-        if name == "sft" or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            raise ConfigError(f"baselines.{name}: the name must be letters, digits, '_', '.' or '-', and not sft, which is the model as it came")
+        if name == "sft" or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            raise ConfigError(f"baselines.{name}: the name must begin with a letter, go on with letters, digits, '_' or '-', and not be sft")
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

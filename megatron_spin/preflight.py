@@ -14,7 +14,7 @@ from megatron_spin.run_dir import read_json
 CHECKPOINT_BYTES = 18
 """Bytes a parameter that one trained model takes: fp32 weights, two fp32 moments, fp32 or bf16 model weights, and the export."""
 
-WEIGHT_FILES = ("*.safetensors", "*.bin")
+WEIGHT_FILES = ("*.safetensors",)
 
 
 def check(plan: Plan, steps: Sequence[Step]) -> None:

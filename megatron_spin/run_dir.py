@@ -7,6 +7,7 @@ when ``state.json`` says so, which is written last.
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -176,7 +177,10 @@ class RunDir:
 
     def mark_done(self, phase: str, *, seconds: float, **details: Any) -> None:
         """Records that ``phase`` has finished; the last thing a phase does. ``seconds`` of wall time and ``details`` (plain data) are kept."""
-        state = read_json(self.state) if self.state.exists() else {"phases": {}}
-        finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        state["phases"][phase] = {"finished": finished, "seconds": round(seconds, 3), **details}
-        write_json(self.state, state)
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.root / ".state.lock", "w") as lock:  # two tools run by hand must not lose each other's entry
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            state = read_json(self.state) if self.state.exists() else {"phases": {}}
+            finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            state["phases"][phase] = {"finished": finished, "seconds": round(seconds, 3), **details}
+            write_json(self.state, state)

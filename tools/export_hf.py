@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 from megatron_spin import cli
-from megatron_spin.errors import ConfigError
+from megatron_spin.errors import ConfigError, RunDirError
 from megatron_spin.hf import arguments as conversion
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="checkpoint directory; its latest step counts (default: the target's checkpoints)"
     )
@@ -39,6 +39,12 @@ def main() -> None:
     if run is not None and run[1].is_done(phase):
         print(f"{phase}: already done")
         return
+    if run is not None and target is not None:
+        if not run[1].is_done(f"train:{target.label}"):
+            raise RunDirError(f"train:{target.label} has not finished: finish it first, or export without --config to look at a checkpoint")
+        for given, own in ((arguments.checkpoint, target.checkpoints), (arguments.hf, target.hf)):
+            if given is not None and given.resolve() != own.resolve():
+                raise ConfigError(f"{given} is not this run's {own}: leave --checkpoint and --hf out, or leave --config out")
     checkpoint = arguments.checkpoint or (target.checkpoints if target else None)
     out_dir = arguments.hf or (target.hf if target else None)
     if checkpoint is None or out_dir is None:

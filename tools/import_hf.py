@@ -12,7 +12,7 @@ from megatron_spin.hf import arguments as conversion
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face model directory (default: the config's model.hf)")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="checkpoint directory to write (default: RUN_DIR/base)")
     parser.add_argument(
@@ -29,6 +29,8 @@ def main() -> None:
     if run is not None and run[1].is_done("import"):
         print("import: already done")
         return
+    if run is not None and arguments.checkpoint is not None and arguments.checkpoint.resolve() != run[1].base.resolve():
+        raise ConfigError(f"{arguments.checkpoint} is not this run's {run[1].base}: leave --checkpoint out, or leave --config out")
     source = arguments.hf or (Path(run[0].model.hf) if run else None)
     checkpoint = arguments.checkpoint or (run[1].base if run else None)
     if source is None or checkpoint is None:

@@ -1,15 +1,14 @@
 """Shows what a run measured: a table on the terminal, report.md and report.png in the run directory. Works on an unfinished run, too."""
 
-import argparse
 from pathlib import Path
 
 from megatron_spin import cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory of tools/spin.sh, for example runs/quickstart/spin")
-    arguments = parser.parse_args()
+    arguments = cli.parse(parser)
 
     from megatron_spin.report.results import read_results
 

@@ -155,12 +155,14 @@ stop() { # SIGNAL STATUS
 
 # Turns the failure of a phase into one line and the driver's exit status.
 fail() {
-  local message code=1
+  local message='' code=1
   if [[ -s $SPIN_ERROR_FILE ]]; then
     IFS=$'\t' read -r code message <"$SPIN_ERROR_FILE"
-  elif ((status > 128)) || grep -qs 'exitcode *: -9' "$ranks_log"; then
+  fi
+  # A rank that was killed is the cause; that its peers lost their connection to it is the consequence.
+  if ((code == 1)) && { ((status > 128)) || grep -qs 'exitcode *: -9' "$ranks_log"; }; then
     message="a process of $phase was killed by a signal (the kernel does that when memory runs out); its log is $log"
-  else
+  elif [[ -z $message ]]; then
     message="$phase ended with status $status and no message; its log is $log"
   fi
   # A tool prints its own line, which has reached the terminal unless it came from another rank than 0.
@@ -211,7 +213,7 @@ main() {
     ((status == 0)) || fail
     printf '[%d/%d] %s: done in %d s\n' "$number" "${#plan[@]}" "$phase" $((SECONDS - started))
   done
-  printf '%s: all of the plan%s is done; tools/report.py %q shows the results\n' "$run_dir" "${until:+ up to $until}" "$run_dir"
+  printf '%s: all of the plan%s is done; report: %q tools/report.py %q\n' "$run_dir" "${until:+ up to $until}" "$python" "$run_dir"
 }
 
 main "$@"

@@ -1,6 +1,5 @@
 """Writes what a run measured, and on what machine, between the markers of a README, so that no figure there is typed by hand."""
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -8,11 +7,11 @@ from megatron_spin import cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory, on the machine that made it, after tools/report.py")
     parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="file with the markers (default: README.md)")
     parser.add_argument("--picture", type=Path, default=Path("docs/quickstart.png"), metavar="FILE", help="where report.png is copied")
-    arguments = parser.parse_args()
+    arguments = cli.parse(parser)
 
     from megatron_spin.errors import RunDirError
     from megatron_spin.report.readme import replace_block, run_block

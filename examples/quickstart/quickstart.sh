@@ -15,7 +15,7 @@ With DATA:    your own SFT file (JSONL, JSON or Parquet; prompt/response, instru
   EVAL=FILE     held-out data in the same format (default: 10% of DATA, by prompt)
   OUT=DIR       where everything goes (default: runs/quickstart, or runs/quickstart-NAME for DATA=NAME.jsonl)
   ENGINE=NAME   what generates: vllm (default), or hf for transformers
-  SEED=N        seed of the problems and of the untrained model (default: 0)
+  SEED=N        seed of the problems and of the untrained model (default: 7)
 
 environment: PYTHON (interpreter, default .venv/bin/python of this repository), OMP_NUM_THREADS (threads a process)
 TEXT
@@ -39,7 +39,7 @@ for argument in "$@"; do
     *) die "argument $argument is unknown: see examples/quickstart/quickstart.sh --help" ;;
   esac
 done
-ENGINE=${ENGINE:-vllm} SEED=${SEED:-0}
+ENGINE=${ENGINE:-vllm} SEED=${SEED:-7}
 [[ $ENGINE == vllm || $ENGINE == hf ]] || die "ENGINE=$ENGINE is unknown: use vllm or hf"
 [[ $SEED =~ ^[0-9]+$ ]] || die "SEED=$SEED is not a number: give one from 0 on"
 [[ -z $EVAL || -n $DATA ]] || die "EVAL=$EVAL goes together with DATA=FILE: the word problems bring their own test"

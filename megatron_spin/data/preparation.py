@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from megatron_spin.config import Config, DataConfig, at_iteration
+from megatron_spin.config import Config, DataConfig
 from megatron_spin.data.prepared import Row, hash_rows, save_rows
 from megatron_spin.data.reading import Sample, read_samples
 from megatron_spin.data.templates import answer_ids, end_token_id, ends_inside, load_tokenizer, prompt_ids, tokenizer_sha
@@ -154,7 +154,8 @@ def _limits(config: Config, hf: Path) -> "tuple[PreTrainedTokenizerBase, Limits]
     if positions is not None and config.data.max_length > positions:
         raise ConfigError(f"data.max_length={config.data.max_length} exceeds the model's max_position_embeddings={positions}: lower it")
     data = config.data
-    answer = at_iteration(config.generation.max_new_tokens, 0)
+    lengths = config.generation.max_new_tokens  # the longest of all iterations; each generation caps its own pairs
+    answer = max(lengths) if isinstance(lengths, list) else lengths
     return tokenizer, Limits(end=end, vocabulary=vocabulary, prompt=data.prompt_limit, answer=answer, total=data.max_length)
 
 

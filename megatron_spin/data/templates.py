@@ -85,11 +85,17 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", template: Template, prompt:
 
 
 def answer_ids(tokenizer: "PreTrainedTokenizerBase", answer: str, end: int) -> list[int]:
-    """Token ids of ``answer`` on its own, no special tokens added, then the end token exactly once (also where the text brings it along).
+    """Token ids of ``answer`` as a model writes them behind a prompt, then the end token exactly once (also where the text brings it along).
 
-    The end token may still occur further in; :func:`ends_inside` tells.
+    No special tokens are added. A SentencePiece tokenizer puts a space before a text that stands alone; a model that goes on after a prompt
+    never writes that space, and the policy would learn to tell real from generated answers by it. So the answer is tokenized behind a line
+    break, whose own tokens are then taken off. The end token may still occur further in; :func:`ends_inside` tells.
     """
-    ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    anchor = list(tokenizer("\n", add_special_tokens=False)["input_ids"])
+    behind = list(tokenizer(f"\n{answer}", add_special_tokens=False)["input_ids"])
+    # Where the line break melts into the answer's first token, the answer stands alone after all.
+    apart = behind[: len(anchor)] == anchor
+    ids = behind[len(anchor) :] if apart else list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     while ids and ids[-1] == end:
         ids.pop()
     return [*ids, end]

@@ -203,6 +203,9 @@ def _check_replaceable(out_dir: Path) -> None:
 
 
 def _replace(temporary: Path, out_dir: Path) -> None:
-    if out_dir.exists():
-        shutil.rmtree(out_dir)
+    old = out_dir.with_name(f".{out_dir.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out_dir.exists():  # out of the way in one step: a kill must not leave half of it under its name
+        out_dir.rename(old)
     temporary.rename(out_dir)
+    shutil.rmtree(old, ignore_errors=True)

@@ -9,7 +9,7 @@ import torch
 from megatron_spin.errors import CheckpointError
 from megatron_spin.hf.collective import gather_objects, raised_everywhere
 from megatron_spin.hf.families import family_of
-from megatron_spin.hf.files import TensorFiles, read_config
+from megatron_spin.hf.files import DTYPES, TensorFiles, read_config
 from megatron_spin.hf.identity import is_buffer, is_tied_copy
 from megatron_spin.hf.mapping import Geometry
 from megatron_spin.hf.parameters import Mapped, mapped_parameters
@@ -17,12 +17,15 @@ from megatron_spin.parallel.setup import ParallelDims
 
 
 @torch.no_grad()
-def load_hf(model: Sequence[torch.nn.Module], hf_dir: Path, dims: ParallelDims) -> None:
+def load_hf(model: Sequence[torch.nn.Module], hf_dir: Path, dims: ParallelDims, *, through: str | None = None) -> None:
     """Fills ``model`` (this rank's chunks) with the weights in ``hf_dir``, cast to the parameters' dtype; a collective.
 
     Each rank reads only the tensors of its own pipeline stage and holds one parameter's at a time. Rows that pad the vocabulary become
     zero; the last stage's copy of a tied embedding is filled too. Names and shapes are checked against the headers of the files before
     anything is written, and an error of one rank is raised by all.
+
+    Args:
+        through: a dtype (``fp32`` or ``bf16``) that the weights are rounded to first: what an engine that runs in it would hold.
 
     Raises:
         CheckpointError: a tensor is missing, has no place in the model or has another shape; a parameter has no rule; a corrupted file.
@@ -39,7 +42,7 @@ def load_hf(model: Sequence[torch.nn.Module], hf_dir: Path, dims: ParallelDims) 
         with raised_everywhere(dims):
             _check_all_used(files, used, tied=geometry.tied)
             for item in mapped:
-                _fill(item, files, geometry=geometry, dims=dims)
+                _fill(item, files, geometry=geometry, dims=dims, through=through)
 
 
 def _check_tensors(item: Mapped, files: TensorFiles, *, geometry: Geometry, tp_size: int) -> None:
@@ -69,8 +72,8 @@ def _check_all_used(files: TensorFiles, used: set[str], *, tied: bool) -> None:
             )
 
 
-def _fill(item: Mapped, files: TensorFiles, *, geometry: Geometry, dims: ParallelDims) -> None:
-    tensors = [files.read(name) for name in item.hf_names]
+def _fill(item: Mapped, files: TensorFiles, *, geometry: Geometry, dims: ParallelDims, through: str | None) -> None:
+    tensors = [files.read(name) if through is None else files.read(name).to(DTYPES[through]) for name in item.hf_names]
     shard = item.rule.split(tensors, rank=dims.tp_rank, tp_size=dims.tp_size, local=item.shape, geometry=geometry)
     if tuple(shard.shape) != item.shape:
         raise CheckpointError(

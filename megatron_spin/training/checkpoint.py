@@ -72,8 +72,11 @@ def save_checkpoint(
     dims: ParallelDims,
     optimizer: MegatronOptimizer | None = None,
     state: dict[str, Any] | None = None,
+    keep: int | None = None,
 ) -> Path:
     """Writes the checkpoint of ``step``; a collective. ``state`` is plain data that :func:`load_checkpoint` gives back.
+
+    Only the newest ``keep`` checkpoints stay in ``directory``; None keeps all.
 
     The main weights and the optimizer's moments are saved in fp32, so the next iteration starts from unrounded weights.
 
@@ -92,18 +95,25 @@ def save_checkpoint(
         try:
             dist_checkpointing.save(sharded, str(partial), content_metadata=METADATA)
         except CheckpointException as error:  # Megatron writes in processes of its own: only the text of what they met comes back
-            full = f"[Errno {errno.ENOSPC}]" in str(error) or shutil.disk_usage(partial).free < FULL
-            shutil.rmtree(partial, ignore_errors=True)
+            # All ranks come here, Megatron tells them; none may remove anything before all have looked.
+            torch.distributed.barrier()
+            full = shutil.disk_usage(directory).free < FULL
+            torch.distributed.barrier()
+            if dims.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
             if full:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final)) from error
-            raise
+            raise CheckpointError(f"checkpoint {final} could not be written: {' '.join(str(error).split())[-300:]}") from error
     sums = _checksums(partial, dims)
     if dims.rank == 0:
         write_json(partial / CHECKSUMS, sums)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # the tracker must name nothing that may be gone when a kill comes now
+            (directory / TRACKER).unlink(missing_ok=True)
+            shutil.rmtree(final)
         partial.rename(final)
         with atomic_writer(directory / TRACKER) as file:
             file.write(str(step))
+        _remove_old(directory, keep)
     torch.distributed.barrier()
     return final
 
@@ -138,7 +148,7 @@ def load_checkpoint(
         sharded = _sharded_state(model, optimizer, is_loading=True)
         try:
             loaded = dist_checkpointing.load(sharded, str(path))
-        except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError, RuntimeError) as error:
+        except (dist_checkpointing.core.CheckpointingException, CheckpointException, KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} does not fit this model ({str(error)[:300]}): is it of another architecture?") from error
         for index, chunk in enumerate(model):
             unwrap(chunk).load_state_dict(loaded[_model_key(model, index)], strict=False)
@@ -147,6 +157,12 @@ def load_checkpoint(
             optimizer.load_state_dict(loaded["optimizer"])
             _unshare_steps(optimizer)
     return {**loaded["spin"], "step": step}
+
+
+def _remove_old(directory: Path, keep: int | None) -> None:
+    checkpoints = sorted(path for path in directory.glob("iter_*") if path.is_dir())
+    for path in checkpoints[:-keep] if keep else []:
+        shutil.rmtree(path)
 
 
 def carry_over_main_weights(optimizer: MegatronOptimizer) -> None:

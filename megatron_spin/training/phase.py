@@ -5,6 +5,7 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from megatron_spin.hf.files import read_config
 from megatron_spin.hf.identity import IdentityHasher, identity
 from megatron_spin.hf.load import load_hf
 from megatron_spin.models.provider import build_model
-from megatron_spin.parallel.setup import ParallelDims, announce, initialize
+from megatron_spin.parallel.setup import ParallelDims, announce, initialize, layer_spec
 from megatron_spin.run_dir import RunDir, Target, read_json
 from megatron_spin.spin.parity import PROBE_FILE, megatron_probe
 from megatron_spin.spin.scores import BatchShape, ScoreCache, check_scores, score
@@ -115,21 +116,32 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
     gate = None
     if inputs.opponent is not None:
         gate = _score(config, run_dir, target, inputs, trainer, resumed=done > 0, say=say)
+    state = {"opponent": inputs.opponent, "pairs": inputs.pairs, "total": trainer.schedule.total, "peak": trainer.schedule.peak}
     if done:
-        load_checkpoint(target.checkpoints, trainer.model, dims=dims, optimizer=trainer.optimizer)
+        loaded = load_checkpoint(target.checkpoints, trainer.model, dims=dims, optimizer=trainer.optimizer)
+        _check_same_training(target, state, loaded)
         say(f"resumed from step {done} of {trainer.schedule.total}")
     elif dims.rank == 0:
         copy_assets(source / "hf", target.checkpoints / "hf")
 
     label = f"train {target.label}"
-    state = {"iteration": target.iteration, "baseline": target.baseline, "opponent": inputs.opponent, "pairs": inputs.pairs}
     with MetricsWriter(target.metrics, target.tensorboard, step=done, total=trainer.schedule.total, label=label, enabled=dims.rank == 0) as writer:
-        every = config.training.checkpoint_every
-        trainer.run(writer, checkpoints=target.checkpoints, done=done, every=every, state=state, gate=gate)
+        every, keep = config.training.checkpoint_every, config.training.keep_checkpoints
+        trainer.run(writer, checkpoints=target.checkpoints, done=done, every=every, keep=keep, state=state, gate=gate)
     _write_probe(target, trainer)
     if dims.rank == 0:
         seconds = time.perf_counter() - started
         run_dir.mark_done(f"train:{target.label}", seconds=seconds, steps=trainer.schedule.total, examples=len(inputs.examples))
+
+
+def _check_same_training(target: Target, now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Whether a checkpoint belongs to the very training that is to go on: its opponent, pairs, steps and rate."""
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise RunDirError(
+                f"{target.checkpoints} was trained with {name} {then.get(name)}, but now it is {value}: restore what changed, "
+                f"or delete {target.checkpoints} to train anew"
+            )
 
 
 def _trainer(config: Config, inputs: Inputs, dims: ParallelDims) -> Trainer:
@@ -165,14 +177,13 @@ def _score(
     assert target.iteration is not None and inputs.opponent is not None
     precision, dims = config.precision, trainer.dims
     same = precision.export_dtype == precision.dtype
-    if same and not resumed:
+    if not resumed:
         _check_policy_is_opponent(config, inputs, trainer)
-    numerics = {"dtype": precision.dtype, "fp8": precision.fp8, "layer_spec": config.layer_spec, "device": dims.device.type}
-    cache = ScoreCache(target.pairs, {"opponent": inputs.opponent, "pairs": inputs.pairs, "numerics": numerics})
+    cache = ScoreCache(target.pairs, {"opponent": inputs.opponent, "pairs": inputs.pairs, "numerics": _numerics(config, trainer)})
     scores = cache.load()
     if scores is None:
         if resumed or not same:  # the model does not hold the opponent's weights now: load them, the caller loads the policy again
-            load_hf(trainer.model, run_dir.opponent_hf(config, target.iteration), dims)
+            load_hf(trainer.model, run_dir.opponent_hf(config, target.iteration), dims, through=precision.export_dtype)
         everything = np.arange(len(inputs.examples))
         scores = score(trainer.model, inputs.examples, everything, shape=trainer.shape, dims=dims, progress=True)
         if dims.rank == 0:
@@ -192,6 +203,19 @@ def _score(
     gate = check_scores(scores, trainer.model, trainer.examples, trainer.sampler.batch(0), shape=trainer.shape, dims=dims)
     say(f"opponent scores agree with the policy at step 0 within {gate.difference:.1e} nats (allowed {gate.tolerance:.1e})")
     return functools.partial(gate.check_first_loss, beta=beta, loss=loss)
+
+
+def _numerics(config: Config, trainer: Trainer) -> dict[str, Any]:
+    """Everything that the last bits of a score depend on: a cache made otherwise is made anew, not taken for a tampered one."""
+    dims, shape = trainer.dims, trainer.shape
+    return {
+        "dtype": config.precision.dtype,
+        "fp8": config.precision.fp8,
+        "layer_spec": layer_spec(config, dims.device),
+        "device": dims.device.type,
+        "layout": [dims.tp_size, dims.pp_size, config.parallel.sequence_parallel],
+        "microbatch": [shape.micro_batch_size, shape.length],
+    }
 
 
 def _check_policy_is_opponent(config: Config, inputs: Inputs, trainer: Trainer) -> None:

@@ -83,9 +83,17 @@ class Trainer:
         return {**row, "seconds": round(time.perf_counter() - started, 6)}
 
     def run(
-        self, writer: MetricsWriter, *, checkpoints: Path, done: int, every: int, state: dict[str, Any], gate: Callable[[float], None] | None
+        self,
+        writer: MetricsWriter,
+        *,
+        checkpoints: Path,
+        done: int,
+        every: int,
+        keep: int,
+        state: dict[str, Any],
+        gate: Callable[[float], None] | None,
     ) -> None:
-        """Steps ``done`` .. ``schedule.total`` - 1, with a checkpoint every ``every`` steps and after the last.
+        """Steps ``done`` .. ``schedule.total`` - 1, with a checkpoint every ``every`` steps and after the last; the newest ``keep`` stay.
 
         Args:
             gate: checks the first loss when this is the very first step of an iteration.
@@ -97,7 +105,7 @@ class Trainer:
             writer.write(row)
             if (step + 1) % every == 0 or step + 1 == self.schedule.total:
                 writer.sync()
-                save_checkpoint(checkpoints, step + 1, self.model, dims=self.dims, optimizer=self.optimizer, state=state)
+                save_checkpoint(checkpoints, step + 1, self.model, dims=self.dims, optimizer=self.optimizer, state=state, keep=keep)
 
     def _microbatches(self, indices: np.ndarray) -> list[Any]:
         own = microbatch_indices(indices, micro_batch_size=self.shape.micro_batch_size, dp_rank=self.dims.dp_rank, dp_size=self.dims.dp_size)

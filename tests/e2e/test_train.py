@@ -59,19 +59,23 @@ def test_kill_9_at_three_random_moments_then_the_same_result_bit_for_bit(fresh, 
     print(f"SPIN_KILL_SEED={seed}")
     config, run = fresh
     draw = random.Random(int(seed))
-    for _ in range(3):
+    reached = []
+    for target in sorted(draw.choices(range(1, STEPS), k=3)):
         process = subprocess.Popen(
             command("train.py", config, "--run-dir", run, "--iteration", 0),
             env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        path, rows, target = run / "iteration_0/metrics.jsonl", 0, draw.randrange(0, STEPS)
+        path, rows, started = run / "iteration_0/metrics.jsonl", 0, time.time_ns()
         deadline = time.monotonic() + 120
-        while process.poll() is None and rows < target and time.monotonic() < deadline:  # a moment is a step reached, not a time
-            rows = len(path.read_text().splitlines()) if path.exists() else 0
-            time.sleep(0.005)
+        while process.poll() is None and rows < target and time.monotonic() < deadline:  # a moment is a step reached by this very process
+            rows = len(path.read_text().splitlines()) if path.exists() and path.stat().st_mtime_ns > started else 0
+            time.sleep(0.002)
         time.sleep(draw.random() * 0.2)  # and anywhere within it: forward, checkpoint, rename
+        reached += [rows] if process.poll() is None else []
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    print(f"killed after steps {reached}")
+    assert any(0 < rows < STEPS for rows in reached), "no kill fell into the training"
     train(config, run)
     assert metrics(run / "iteration_0/metrics.jsonl") == metrics(trained[1] / "iteration_0/metrics.jsonl")
     assert weights(run) == weights(trained[1])

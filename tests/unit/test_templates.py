@@ -94,3 +94,17 @@ def test_missing_and_damaged_tokenizer(tmp_path):
     assert tokenizer_sha(tmp_path) != before
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+def test_an_answer_begins_as_a_model_goes_on_after_a_prompt():
+    """SentencePiece tokenizers put a space before a text that stands alone; no model writes one there."""
+    from tokenizers import Tokenizer, normalizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {token: i for i, token in enumerate(["<unk>", "</s>", "\n", "\u2581", "H", "i", "Hi", "\u2581Hi", ":"])}
+    backend = Tokenizer(BPE(letters, [("H", "i"), ("\u2581", "Hi")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    assert tokenizer("Hi")["input_ids"] == [letters["\u2581Hi"]], "the tokenizer must be one that prepends a space, else this compares nothing"
+    assert answer_ids(tokenizer, "Hi", letters["</s>"]) == [letters["Hi"], letters["</s>"]]
