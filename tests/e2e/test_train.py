@@ -81,6 +81,13 @@ def test_kill_9_at_three_random_moments_then_the_same_result_bit_for_bit(fresh, 
     assert weights(run) == weights(trained[1])
 
 
+def test_only_the_newest_checkpoints_stay(fresh):
+    config, run = fresh
+    train(config, run, "training.keep_checkpoints=2")
+    kept = sorted(path.name for path in (run / "iteration_0/checkpoints").glob("iter_*"))
+    assert kept == ["iter_0000004", "iter_0000005"]
+
+
 def stop_after(run, step):
     """Makes a finished run one that was stopped after the checkpoint of ``step``."""
     (run / "iteration_0/checkpoints/latest_checkpointed_iteration.txt").write_text(str(step))
@@ -103,6 +110,20 @@ def test_resumed_equals_uninterrupted_even_without_the_score_cache(trained, tmp_
     assert f"resumed from step 2 of {STEPS}" in result.stdout
     assert metrics(run / "iteration_0/metrics.jsonl") == metrics(finished / "iteration_0/metrics.jsonl")
     assert weights(run) == weights(finished)
+
+
+def test_a_checkpoint_of_another_training_is_not_gone_on_with(fresh):
+    config, run = fresh
+    arguments = (config, "--run-dir", run, "--baseline", "sft_continued")
+    run_tool("train.py", *arguments, "baselines.sft_continued.steps=4")
+    checkpoints = run / "baselines/sft_continued/checkpoints"
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
+    state = json.loads((run / "state.json").read_text())
+    del state["phases"]["train:sft_continued"]
+    (run / "state.json").write_text(json.dumps(state))
+    result = run_tool("train.py", *arguments, "baselines.sft_continued.steps=6", check=False)
+    assert result.returncode == 2 and "was trained with total 4, but now it is 6" in one_line(result)
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
 @pytest.mark.slow

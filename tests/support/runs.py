@@ -49,7 +49,7 @@ def tiny_yaml(directory: Path, **sections: Any) -> Path:
         "generation": {"engine": "hf", "max_new_tokens": 10, "shard_size": 16, "batch_size": 16},
         "evaluation": {"path": str(directory / "eval.jsonl"), "num_prompts": 8},
         "spin": {"iterations": 2, "beta": 0.3},
-        "training": {"epochs": 1, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2},
+        "training": {"epochs": 1, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2, "keep_checkpoints": 9},
         "baselines": {"sft_continued": {"steps": "same_steps"}},
     }
     for name, section in sections.items():
