@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_spin.hf.identity import identity
+from megatron_spin.run_dir import RunDir
 from tests.support.roundtrip import assert_same_model, make_model, read_weights
 from tests.support.runs import command, environment, run_tool, tiny_yaml
 
@@ -66,6 +67,9 @@ def test_a_run_records_its_import_and_export(tmp_path) -> None:
     options = ("--config", config, "--run-dir", run)
     run_tool("import_hf.py", *options)
     shutil.copytree(run / "base", run / "iteration_0/checkpoints")
+    assert "train:0 has not finished" in one_line(run_tool("export_hf.py", *options, "--iteration", 0, check=False), 2)
+    RunDir(run).mark_done("train:0", seconds=0.0)
+    assert "is not this run's" in one_line(run_tool("export_hf.py", *options, "--iteration", 0, "--hf", tmp_path / "elsewhere", check=False), 2)
     run_tool("export_hf.py", *options, "--iteration", 0)
     phases = json.loads((run / "state.json").read_text())["phases"]
     assert phases["import"]["identity"] == phases["export:0"]["identity"] == identity(tmp_path / "model", "fp32")
