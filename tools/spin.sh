@@ -9,7 +9,7 @@ usage: tools/spin.sh CONFIG.yaml [--run-dir DIR] [--dry-run] [--until PHASE:T] [
 Runs self-play fine-tuning: prepare, import, then for each iteration T generate:T, train:T, export:T, evaluate:T and rotate:T, then the baselines.
 A phase that is done is skipped, so the same command continues a run that was stopped or killed.
 
-  CONFIG.yaml       the configuration, see examples/configs/ and megatron_spin/config.py lists the keys
+  CONFIG.yaml       the configuration, see examples/configs/; megatron_spin/config.py lists its keys
   --run-dir DIR     where everything goes (default: runs/NAME, NAME from the configuration)
   --dry-run         check everything, print the plan, start nothing
   --until PHASE:T   stop after this phase, for example --until train:0

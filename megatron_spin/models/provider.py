@@ -72,7 +72,7 @@ def build_model(config: Config, dims: ParallelDims) -> list[MegatronModule]:
         model.to(dims.device)
         _mark_tensor_parallel(model)
         mask_padding(model, vocab_size)
-        model.config.calculate_per_token_loss = True
+        model.config.calculate_per_token_loss = True  # gradients are divided by the pairs (or tokens) of the global batch; DDP asks when built
         return [in_precision(model, config)]
 
 

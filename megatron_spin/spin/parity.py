@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from megatron_spin.data.batches import Example, collate, sequence_length
 from megatron_spin.errors import CheckpointError, GateError
 from megatron_spin.hf.logps import TokenIds, hf_token_logps, load_model
 from megatron_spin.parallel.setup import ParallelDims
+from megatron_spin.run_dir import atomic_writer
 from megatron_spin.spin.schedule import run_schedule
 from megatron_spin.spin.step import probe_forward_step
 
@@ -46,9 +47,8 @@ class Probe:
 
     def save(self, path: Path) -> None:
         """Writes the probe as safetensors, whole or not at all."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file({field.name: getattr(self, field.name).contiguous().cpu() for field in dataclasses.fields(self)}, temporary)
-        temporary.rename(path)
+        with atomic_writer(path, "wb") as file:
+            file.write(save({field.name: getattr(self, field.name).contiguous().cpu() for field in dataclasses.fields(self)}))
 
     @staticmethod
     def load(path: Path) -> "Probe":

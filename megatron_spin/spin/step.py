@@ -24,10 +24,16 @@ def response_logps(token_losses: Tensor, response_mask: Tensor) -> Tensor:
     return -torch.where(response_mask > 0, token_losses.float(), 0.0).sum(dim=1)
 
 
-def _forward(model: torch.nn.Module, batch: Microbatch) -> Tensor:
-    # Every attention here is causal and padding is on the right, so no position ever sees padding: no mask is needed.
-    output: Tensor = model(batch.input_ids, batch.position_ids(), None, labels=batch.labels)
-    return output
+def _step(loss_func: Callable[..., object]) -> ForwardStep:
+    """The forward step whose loss function is ``loss_func(batch, token_losses)``."""
+
+    def forward_step(data_iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., object]]:
+        batch = next(data_iterator)
+        # Every attention here is causal and padding is on the right, so no position ever sees padding: no mask is needed.
+        output: Tensor = model(batch.input_ids, batch.position_ids(), None, labels=batch.labels)
+        return output, functools.partial(loss_func, batch)
+
+    return forward_step
 
 
 def spin_forward_step(*, beta: float, loss: str) -> ForwardStep:
@@ -51,11 +57,7 @@ def spin_forward_step(*, beta: float, loss: str) -> ForwardStep:
         }  # fmt: skip
         return losses.sum(), _count(losses.numel(), losses), {name: _sum_and_count(value) for name, value in named.items()}
 
-    def forward_step(data_iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., object]]:
-        batch = next(data_iterator)
-        return _forward(model, batch), functools.partial(loss_func, batch)
-
-    return forward_step
+    return _step(loss_func)
 
 
 def sft_forward_step() -> ForwardStep:
@@ -70,11 +72,7 @@ def sft_forward_step() -> ForwardStep:
         named = {"loss": torch.stack([-logps.sum().detach(), tokens]), "real_logps": _sum_and_count(logps)}
         return -logps.sum(), tokens.to(torch.int), named
 
-    def forward_step(data_iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., object]]:
-        batch = next(data_iterator)
-        return _forward(model, batch), functools.partial(loss_func, batch)
-
-    return forward_step
+    return _step(loss_func)
 
 
 def score_forward_step() -> ForwardStep:
@@ -84,24 +82,17 @@ def score_forward_step() -> ForwardStep:
         assert non_loss_data
         return response_logps(token_losses, batch.response_mask)
 
-    def forward_step(data_iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., object]]:
-        batch = next(data_iterator)
-        return _forward(model, batch), functools.partial(loss_func, batch)
-
-    return forward_step
+    return _step(loss_func)
 
 
 def probe_forward_step() -> ForwardStep:
     """Like :func:`score_forward_step`, but collects every token's log-prob, [n, s] fp32: what the export gate compares."""
 
-    def loss_func(token_losses: Tensor, *, non_loss_data: bool) -> Tensor:
+    def loss_func(batch: Microbatch, token_losses: Tensor, *, non_loss_data: bool) -> Tensor:
         assert non_loss_data
         return -token_losses.float()
 
-    def forward_step(data_iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., object]]:
-        return _forward(model, next(data_iterator)), loss_func
-
-    return forward_step
+    return _step(loss_func)
 
 
 def _count(number: int, like: Tensor) -> Tensor:

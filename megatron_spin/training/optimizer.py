@@ -70,8 +70,6 @@ def wrap_and_optimize(
     """
     with megatron_region():
         given = {"grad_reduce_in_fp32": True, **config.parallel.ddp, "use_distributed_optimizer": distributed_optimizer(config)}
-        for chunk in model:
-            chunk.config.calculate_per_token_loss = True  # the gradient is divided by the number of pairs (or tokens) of the global batch
         ddp_config = _megatron_config(DistributedDataParallelConfig, given, "parallel.ddp")
         wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in model]
         optimizer = get_megatron_optimizer(optimizer_config(config, learning_rate=learning_rate), wrapped)
