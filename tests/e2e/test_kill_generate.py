@@ -1,8 +1,6 @@
 """Generation killed at random moments and run again gives the very shards that an undisturbed run gives."""
 
-import os
 import random
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -42,25 +40,24 @@ def test_killed_and_run_again(tmp_path, engine):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for run in (whole, killed):
         run_tool("prepare.py", config, "--run-dir", run)
-    started = time.monotonic()
     subprocess.run(command("generate.py", config, "--run-dir", whole, "--iteration", 0), check=True, env=environment(**ENVIRONMENT))
-    seconds = time.monotonic() - started
 
-    for _ in range(KILLS):
+    left = []
+    for target in sorted(chance.sample(range(1, 16), KILLS)):  # a moment is a number of files that are there
         process = subprocess.Popen(command("generate.py", config, "--run-dir", killed, "--iteration", 0), env=environment(**ENVIRONMENT))
-        # The second half of a run is where shards come to be: the first is imports.
-        deadline = time.monotonic() + seconds * chance.uniform(0.4, 1.0)
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.05)
+        while process.poll() is None and len(shards(killed)) < target:
+            time.sleep(0.001)
         with_children = children(process.pid)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
-        print(f"killed with {len(shards(killed))} files there and {len(with_children)} child processes")
+        left.append(len(shards(killed)))
+        print(f"killed with {left[-1]} files there and {len(with_children)} child processes")
         wait = time.monotonic() + 10
         while any(alive(pid) for pid in with_children) and time.monotonic() < wait:
             time.sleep(0.1)
         assert not any(alive(pid) for pid in with_children), "the engine's process outlived the one that was killed"
     subprocess.run(command("generate.py", config, "--run-dir", killed, "--iteration", 0), check=True, env=environment(**ENVIRONMENT))
+    assert any(0 < count < 20 for count in left), "no kill fell into the generation"
     assert len(shards(whole)) == 20  # 10 shards of 4 prompts, each with its manifest
     assert shards(killed) == shards(whole)
     (pairs, manifest), (_, expected) = (load_pairs(RunDir(run).target(iteration=0).pairs) for run in (killed, whole))
