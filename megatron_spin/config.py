@@ -122,7 +122,10 @@ class EvaluationConfig:
     answer_pattern: str | None = None
     """Regular expression with one group that finds the answer to compare; null compares all token ids."""
     patterns: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Named regular expressions; the share of answers that each finds is reported for sampled and real answers."""
+    """Named regular expressions; the share of answers that each finds is reported for sampled and real answers, and with ``answer_pattern`` how
+    many of the answers with it, and of those without it, are right."""
+    likelihood: dict[str, str] = dataclasses.field(default_factory=dict)
+    """More held-out SFT files by name; only the NLL of their answers is reported."""
     batch_size: int = 64
     """Sequences a batch of the log-prob pass."""
     seed: int = 1234
@@ -226,7 +229,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: unreadable YAML, unknown key (names the nearest known one), wrong type, or a value outside its range.
     """
     try:
-        raw = yaml.load(path.read_text(), Loader=_Loader)
+        raw = yaml.load(path.read_text(), Loader=Loader)
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist: give the path of a YAML file, see examples/configs/") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -259,11 +262,11 @@ def changes_forbidden(path: Path, config: Config) -> list[str]:
     return [key for key in differing if not any(key == free or key.startswith(f"{free}.") for free in RESUMABLE)]
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML 1.1 takes 5e-7 for a string, since it has no dot; everybody who writes it means a number."""
 
 
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
@@ -282,7 +285,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r} goes through {parent!r}, which is not a section: check the dots")
         node = child
     try:
-        node[last] = yaml.load(text, Loader=_Loader)
+        node[last] = yaml.load(text, Loader=Loader)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
 
@@ -405,6 +408,9 @@ def _check(config: Config) -> None:
             raise ConfigError(f"evaluation pattern {name}={pattern!r} is not a regular expression: {error}") from None
         if name == "answer_pattern" and groups != 1:
             raise ConfigError(f"evaluation.answer_pattern={pattern!r} has {groups} groups: it needs exactly one, around the answer")
+    for name in config.evaluation.likelihood:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            raise ConfigError(f"evaluation.likelihood.{name}: the name must begin with a letter and go on with letters, digits, '_' or '-'")
     for name in config.baselines:
         if name == "sft" or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise ConfigError(f"baselines.{name}: the name must begin with a letter, go on with letters, digits, '_' or '-', and not be sft")

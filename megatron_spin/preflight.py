@@ -57,7 +57,8 @@ def _check_model(hf: Path) -> None:
 
 
 def _check_data(config: Config) -> None:
-    for key, path in {"data.path": config.data.path, "evaluation.path": config.evaluation.path}.items():
+    more = {f"evaluation.likelihood.{name}": path for name, path in config.evaluation.likelihood.items()}
+    for key, path in {"data.path": config.data.path, "evaluation.path": config.evaluation.path, **more}.items():
         if path is not None and not Path(path).exists():
             raise DataError(f"{key}={path} does not exist: give a JSONL, JSON or Parquet file of SFT data")
 

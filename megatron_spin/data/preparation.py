@@ -62,13 +62,17 @@ class Prepared:
     train: list[Row]
     evaluation: list[Row]
     """Empty where the config asks for no evaluation."""
+    likelihood: dict[str, list[Row]]
+    """The rows of each file of ``evaluation.likelihood``."""
     manifest: dict[str, Any]
     """Template, end token, tokenizer sha, ``identity`` and ``eval_identity``, counts of both files."""
 
     def save(self, directory: Path) -> None:
-        """Writes ``train.parquet``, ``eval.parquet`` and last ``manifest.json`` into ``directory``."""
+        """Writes ``train.parquet``, ``eval.parquet``, one ``likelihood_NAME.parquet`` a file and last ``manifest.json`` into ``directory``."""
         save_rows(directory / "train.parquet", self.train)
         save_rows(directory / "eval.parquet", self.evaluation)
+        for name, rows in self.likelihood.items():
+            save_rows(directory / f"likelihood_{name}.parquet", rows)
         write_json(directory / "manifest.json", self.manifest)
 
 
@@ -92,6 +96,7 @@ def prepare(config: Config) -> Prepared:
     drawn = _draw(rows, config.data.num_prompts, config.data.seed)
     evaluated = _draw(held, config.evaluation.num_prompts, config.evaluation.seed)
     _check_some(config, train, drawn, held)
+    likelihood = {name: _likelihood_rows(name, Path(path), tokenizer, config, limits) for name, path in config.evaluation.likelihood.items()}
 
     manifest = {
         "template": config.data.template,
@@ -100,6 +105,7 @@ def prepare(config: Config) -> Prepared:
         "tokenizer": tokenizer_sha(hf),
         "identity": hash_rows(drawn),
         "eval_identity": hash_rows(evaluated),
+        "likelihood": {name: {"identity": hash_rows(rows), "kept": len(rows)} for name, rows in likelihood.items()},
         "counts": {
             **train.counts,
             "held_out": len(train.rows) - len(rows),
@@ -112,7 +118,7 @@ def prepare(config: Config) -> Prepared:
             "prompts_also_trained_on": _overlap(drawn, evaluated),
         },
     }
-    return Prepared(drawn, evaluated, manifest)
+    return Prepared(drawn, evaluated, likelihood, manifest)
 
 
 def describe(manifest: dict[str, Any], config: Config) -> str:
@@ -131,6 +137,7 @@ def describe(manifest: dict[str, Any], config: Config) -> str:
         lines += [(f"  dropped: {_reason(reason, config)}", count) for reason, count in evaluation["dropped"].items()]
     lines += [("prompts to evaluate on", evaluation["kept"])]
     lines += [("  of these also trained on", evaluation["prompts_also_trained_on"])] if evaluation["prompts_also_trained_on"] else []
+    lines += [(f"answers of {name} for their NLL alone", part["kept"]) for name, part in manifest["likelihood"].items()]
     width = max(len(text) for text, _ in lines)
     return "\n".join(f"{text:<{width}}  {count:>12,}" for text, count in lines)
 
@@ -239,6 +246,13 @@ def _split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], 
         count = 1
     chosen = set(random.Random(f"held-out {seed}").sample(prompts, count))
     return [row for row in rows if tuple(row.prompt_ids) not in chosen], [row for row in rows if tuple(row.prompt_ids) in chosen]
+
+
+def _likelihood_rows(name: str, path: Path, tokenizer: "PreTrainedTokenizerBase", config: Config, limits: Limits) -> list[Row]:
+    rows = _tokenize(path, tokenizer, config.data, limits).rows
+    if not rows:
+        raise DataError(f"evaluation.likelihood.{name}={path} has no usable row: check the data, or leave the file out")
+    return _draw(rows, config.evaluation.num_prompts, config.evaluation.seed)
 
 
 def _draw(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:

@@ -1,6 +1,7 @@
 """Evaluation of one model on the held-out prompts: ``eval.json``, and ``samples.jsonl`` for reading."""
 
 import gc
+import itertools
 import json
 import re
 import time
@@ -37,6 +38,7 @@ def evaluate(config: Config, run_dir: RunDir, player: Player) -> dict[str, Any]:
     rows = load_rows(run_dir.data / "eval.parquet")[: config.evaluation.num_prompts]
     if not rows:
         raise DataError(f"{run_dir.data / 'eval.parquet'} has no rows: give evaluation.path, or raise evaluation.held_out_fraction")
+    likelihood = {name: load_rows(run_dir.data / f"likelihood_{name}.parquet") for name in config.evaluation.likelihood}
     opponent = _opponent(config, run_dir, player)
     end_token_id = read_json(run_dir.data / "manifest.json")["end_token_id"]
     passes = held_out_answers(config, player, rows, end_token_id=end_token_id)
@@ -50,7 +52,7 @@ def evaluate(config: Config, run_dir: RunDir, player: Player) -> dict[str, Any]:
     result: dict[str, Any] = {
         "model": player.identity,
         "num_prompts": len(rows),
-        **_scores(config, rows, player, opponent, played, device),
+        **_scores(config, rows, likelihood, player, opponent, played, device),
         **sample_metrics(
             real,
             greedy_answers,
@@ -88,14 +90,26 @@ def _opponent(config: Config, run_dir: RunDir, player: Player) -> Player | None:
 
 
 def _scores(
-    config: Config, rows: Sequence[Row], player: Player, opponent: Player | None, played: Sequence[Completion] | None, device: torch.device
+    config: Config,
+    rows: Sequence[Row],
+    likelihood: dict[str, list[Row]],
+    player: Player,
+    opponent: Player | None,
+    played: Sequence[Completion] | None,
+    device: torch.device,
 ) -> dict[str, Any]:
     """What log-probs tell: likelihood of the real answers, and who wins against the opponent."""
     real = [(row.prompt_ids, row.real_ids) for row in rows]
     generated = [(row.prompt_ids, answer.token_ids) for row, answer in zip(rows, played or [], strict=played is not None)]
-    policy_logps = _sequence_logps(config, player.hf, real + generated, device)
+    more = {name: [(row.prompt_ids, row.real_ids) for row in extra] for name, extra in likelihood.items()}
+    policy_logps = _sequence_logps(config, player.hf, [*real, *generated, *itertools.chain(*more.values())], device)
     nll = nll_per_token(policy_logps[: len(rows)], [len(row.real_ids) for row in rows])
-    result: dict[str, Any] = {"nll_per_token": nll.value, "nll_per_token_error": nll.error, "opponent_accuracy": None}
+    result: dict[str, Any] = {"nll_per_token": nll.value, "nll_per_token_error": nll.error, "opponent_accuracy": None, "likelihood": {}}
+    policy_logps, rest = policy_logps[: len(real + generated)], policy_logps[len(real + generated) :]
+    for name, sequences in more.items():
+        own, rest = rest[: len(sequences)], rest[len(sequences) :]
+        of_file = nll_per_token(own, [len(answer) for _, answer in sequences])
+        result["likelihood"][name] = {"nll_per_token": of_file.value, "nll_per_token_error": of_file.error}
     if opponent is not None and player.target.iteration is not None:
         opponent_logps = _sequence_logps(config, opponent.hf, real + generated, device)
         beta: float = at_iteration(config.spin.beta, player.target.iteration)

@@ -88,13 +88,25 @@ def sample_metrics(
         "mean_real_tokens": mean([len(answer.token_ids) for answer in real]).value,
         "truncated_fraction": share([[sample.truncated for sample in samples] for samples in sampled]).value,
         "identical_fraction": share([[sample.token_ids == answer.token_ids for sample in samples] for answer, samples in pairs]).value,
-        "patterns": {
-            name: {
-                "sampled": share([[pattern.search(sample.text) is not None for sample in samples] for samples in sampled]).value,
-                "real": mean([pattern.search(answer.text) is not None for answer in real]).value,
-            }
-            for name, pattern in patterns.items()
-        },
+        "patterns": {name: _pattern_shares(pattern, real, sampled, answer_pattern) for name, pattern in patterns.items()},
+    }
+
+
+def _pattern_shares(
+    pattern: re.Pattern[str], real: Sequence[Answer], sampled: Sequence[Sequence[Answer]], answer_pattern: re.Pattern[str] | None
+) -> dict[str, float | None]:
+    """How often ``pattern`` is found, and the exact match among all sampled answers with it and without it (null where there are none)."""
+    has = [[pattern.search(sample.text) is not None for sample in samples] for samples in sampled]
+    judged = [
+        (found, exact_match(answer, sample, answer_pattern))
+        for answer, samples, marks in zip(real, sampled, has, strict=True)
+        for sample, found in zip(samples, marks, strict=True)
+    ]
+    return {
+        "sampled": share(has).value,
+        "real": mean([pattern.search(answer.text) is not None for answer in real]).value,
+        "exact_match_with": mean([right for found, right in judged if found]).value,
+        "exact_match_without": mean([right for found, right in judged if not found]).value,
     }
 
 

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from megatron_spin.data.prepared import load_rows
+from megatron_spin.hf.logps import hf_token_logps, load_model
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -47,7 +50,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "precision": {"dtype": "fp32"},
         "data": {"path": "data.jsonl", "template": "instruction", "max_length": 48},
         "generation": {"engine": "hf", "max_new_tokens": 12, "shard_size": 20},
-        "evaluation": {"held_out_fraction": 0.2, "answer_pattern": "(w[0-9]+)$", "patterns": {"one": "w1"}},
+        "evaluation": {"held_out_fraction": 0.2, "answer_pattern": "(w[0-9]+)$", "patterns": {"one": "w1"}, "likelihood": {"all": "data.jsonl"}},
         "spin": {"iterations": 2},
         "training": {"global_batch_size": 16, "micro_batch_size": 4, "steps": 3, "learning_rate": 1e-3, "checkpoint_every": 1},
         "baselines": {"sft_continued": {"steps": 2}},
@@ -141,6 +144,16 @@ def test_self_play_with_vllm(workplace: Path) -> None:
     assert ran.returncode == 0, f"{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
     measured = json.loads((workplace / "vllm/iteration_1/eval.json").read_text())
     assert measured["opponent_accuracy"] is not None and (workplace / "vllm/iteration_1/DONE").exists()
+
+
+def test_likelihood_of_more_files(finished: tuple[Path, float]) -> None:
+    run, _ = finished
+    rows = load_rows(run / "data/likelihood_all.parquet")
+    model = load_model(run / "iteration_1/hf", dtype="fp32", device=torch.device("cpu"))
+    logps = hf_token_logps(model, [(row.prompt_ids, row.real_ids) for row in rows], batch_size=1, device=torch.device("cpu"))
+    expected = -float(torch.cat(logps).double().mean())
+    assert len(rows) == 60
+    assert json.loads((run / "iteration_1/eval.json").read_text())["likelihood"]["all"]["nll_per_token"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(workplace: Path) -> None:

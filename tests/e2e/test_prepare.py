@@ -61,6 +61,20 @@ def test_rows_limits_counts_and_split(model, tmp_path):
     assert prepare(config) == prepared
 
 
+def test_files_for_their_likelihood_alone(model, tmp_path):
+    files = {name: str(write_jsonl(tmp_path / f"{name}.jsonl", sft_rows(9, seed=seed))) for name, seed in (("own", 1), ("other", 2))}
+    config = raw(model, files["own"])
+    config["evaluation"] |= {"likelihood": files, "num_prompts": 4}
+    prepared = prepare(from_dict(config))
+    assert {name: len(rows) for name, rows in prepared.likelihood.items()} == {"own": 4, "other": 4}
+    assert prepared.manifest["likelihood"]["own"]["identity"] != prepared.manifest["likelihood"]["other"]["identity"]
+    prepared.save(tmp_path)
+    assert load_rows(tmp_path / "likelihood_other.parquet") == prepared.likelihood["other"]
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "", "response": "w1"}))
+    with pytest.raises(DataError, match=r"evaluation.likelihood.other=.* has no usable row"):
+        prepare(from_dict(config))
+
+
 def test_draw_is_by_seed_and_nested(model, tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", sft_rows(40))
     few, more, other = (prepare(from_dict(raw(model, path, num_prompts=n, seed=s))).train for n, s in ((5, 0), (10, 0), (10, 1)))

@@ -66,4 +66,6 @@ def test_sample_metrics() -> None:
     assert result["exact_match_sampled"] == 0.75 and result["exact_match_greedy"] == 0.5
     assert result["mean_response_tokens"] == 3.0 and result["mean_real_tokens"] == 2.5
     assert result["truncated_fraction"] == 0.25 and result["identical_fraction"] == 0.5
-    assert result["patterns"] == {"careful": {"sampled": 0.25, "real": 0.5}}
+    assert result["patterns"] == {"careful": {"sampled": 0.25, "real": 0.5, "exact_match_with": 1.0, "exact_match_without": pytest.approx(2 / 3)}}
+    never = sample_metrics(real, greedy, sampled, answer_pattern=ANSWER, patterns={"never": re.compile("xyz")})["patterns"]
+    assert never == {"never": {"sampled": 0.0, "real": 0.0, "exact_match_with": None, "exact_match_without": 0.75}}
