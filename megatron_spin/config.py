@@ -98,6 +98,8 @@ class GenerationConfig:
     top_p: PerIteration[float] = 1.0
     max_new_tokens: PerIteration[int] = 1024
     """Longest generated answer, and the cap of real answers, in tokens; the end token counts."""
+    samples: PerIteration[int] = 1
+    """Answers the opponent gives to each prompt; each makes a pair with the real one."""
     truncated: PerIteration[Truncated] = "keep"
     """What becomes of pairs whose generated answer did not end."""
     shard_size: PerIteration[int] = 2048
@@ -369,7 +371,7 @@ def _check(config: Config) -> None:
         **{f"training.{name}": getattr(training, name) for name in ("global_batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints")},
         **{f"training.{name}": getattr(training, name) for name in ("epochs", "steps", "learning_rate")},
         **{f"spin.{name}": getattr(spin, name) for name in ("iterations", "beta")},
-        **{f"generation.{name}": getattr(generation, name) for name in ("max_new_tokens", "shard_size", "batch_size", "top_p")},
+        **{f"generation.{name}": getattr(generation, name) for name in ("max_new_tokens", "samples", "shard_size", "batch_size", "top_p")},
         **{f"data.{name}": getattr(data, name) for name in ("max_length", "num_prompts", "max_prompt_length")},
         **{f"evaluation.{name}": getattr(config.evaluation, name) for name in ("num_prompts", "samples", "batch_size")},
     }

@@ -25,6 +25,7 @@ class Sampling:
     temperature: float
     top_p: float
     max_new_tokens: int
+    samples: int
     shard_size: int
     seed: int
 
@@ -59,6 +60,7 @@ def generate_iteration(config: Config, run_dir: RunDir, iteration: int) -> dict[
     target = run_dir.target(iteration=iteration)
     store = ShardStore(target.generated, Origin(opponent, data, iteration, settings))
     rows = [dataclasses.replace(row, real_ids=row.real_ids[: sampling.max_new_tokens]) for row in rows]  # capped as the generated ones are
+    rows = rows * sampling.samples  # all prompts once, then again
     shards = plan_shards(rows, shard_size=sampling.shard_size, seed=sampling.seed, iteration=iteration)
     store.clean()
     missing = [shard for shard in shards if not store.is_done(shard)]

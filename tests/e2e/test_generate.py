@@ -1,5 +1,6 @@
 """Generation with both engines: against transformers token for token, and its shards against everything that may befall them."""
 
+import dataclasses
 import json
 import shutil
 
@@ -183,6 +184,18 @@ def test_shards_and_pairs(done):
         assert (pair.generated_ids[-1] == END) == (pair.finish_reason == "stop")
     result = run_tool("generate.py", done[0], "--run-dir", done[1], "--iteration", 0)
     assert "already done" in result.stdout
+
+
+def test_several_answers_a_prompt(copy):
+    config, run_dir = copy
+    config = dataclasses.replace(config, generation=dataclasses.replace(config.generation, samples=2, shard_size=20))
+    shutil.rmtree(run_dir.target(iteration=0).generated)
+    generate_iteration(config, run_dir, 0)
+    pairs, manifest = load_pairs(run_dir.target(iteration=0).pairs)
+    assert manifest["counts"]["own"] == 80
+    first, second = pairs[:40], pairs[40:]
+    assert [(p.index, p.prompt_ids, p.real_ids) for p in first] == [(p.index, p.prompt_ids, p.real_ids) for p in second]
+    assert [p.generated_ids for p in first] != [p.generated_ids for p in second]
 
 
 @pytest.mark.parametrize("damage", ["one token", "half a manifest", "no manifest", "a temporary file"])
