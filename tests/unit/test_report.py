@@ -12,12 +12,14 @@ from megatron_spin.config import Config, from_dict
 from megatron_spin.data.prepared import Row, save_rows
 from megatron_spin.errors import RunDirError
 from megatron_spin.report.plot import plot
-from megatron_spin.report.readme import BEGIN, END, machine_name, replace_block, run_block
+from megatron_spin.report.readme import machine_name, markers, replace_block, run_block
 from megatron_spin.report.results import read_results
 from megatron_spin.report.table import comparison, markdown, report_markdown, times
 from megatron_spin.run_dir import RunDir, write_json
 from tests.support.runs import REPOSITORY, environment
 from tests.support.tiny import tiny_tokenizer
+
+BEGIN, END = markers("run")
 
 STEPS = 8
 

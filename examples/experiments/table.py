@@ -1,0 +1,164 @@
+"""Writes the tables of finished experiments into a Markdown file, between its markers; shows them on the terminal.
+
+A row is one model of one arm: mean and standard deviation over the seeds that have finished, and how many those are.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.experiments.experiment import Experiment, read_experiment
+from megatron_spin import cli
+from megatron_spin.config import load_config
+from megatron_spin.errors import RunDirError
+from megatron_spin.report.readme import machine_name, replace_block, versions
+from megatron_spin.report.table import DASH, Table, markdown
+from megatron_spin.run_dir import RunDir, atomic_writer, read_json
+
+Values = dict[str, Any]
+"""What an ``eval.json`` holds."""
+
+
+def _pattern(key: str) -> Callable[[Values], float | None]:
+    return lambda values: values["patterns"]["careless"][key]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.4f}"
+
+
+COLUMNS: dict[str, tuple[Callable[[Values], float | None], Callable[[float], str]]] = {
+    "sampled exact match %": (lambda values: values["exact_match_sampled"], _percent),
+    "greedy %": (lambda values: values["exact_match_greedy"], _percent),
+    "careless %": (_pattern("sampled"), _percent),
+    "careful ones right %": (_pattern("exact_match_without"), _percent),
+    "NLL/token, clean": (lambda values: values["nll_per_token"], _nats),
+    "NLL/token, the data's mix": (lambda values: values["likelihood"]["mix"]["nll_per_token"], _nats),
+}
+
+
+def measured(experiment: Experiment, root: Path) -> dict[str, dict[int, Values]]:
+    """The evaluations by row name (``ARM/sft``, ``ARM/BASELINE``, ``ARM/ITERATION``, then the ``best`` ones) and seed."""
+    rows: dict[str, dict[int, Values]] = {}
+    for arm in experiment.arms:
+        for seed in experiment.seeds:
+            run_dir = experiment.run_dir(root, seed, arm)
+            for name, values in _evaluations(run_dir).items():
+                rows.setdefault(f"{arm}/{name}", {})[seed] = values
+    for name, others in experiment.best.items():
+        missing = [other for other in others if other not in rows]
+        if missing:
+            continue
+        seeds = set.intersection(*(set(rows[other]) for other in others))
+        rows[name] = {seed: max((rows[other][seed] for other in others), key=lambda values: values["exact_match_sampled"]) for seed in sorted(seeds)}
+    return rows
+
+
+def _evaluations(run_dir: RunDir) -> dict[str, Values]:
+    if not run_dir.config.exists():
+        return {}
+    config = load_config(run_dir.config)
+    targets = [run_dir.target(baseline=name) for name in ("sft", *config.baselines)]
+    targets += [run_dir.target(iteration=t) for t in range(config.iterations)]
+    return {target.label: read_json(target.eval) for target in targets if target.eval.exists()}
+
+
+def table(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table:
+    """Means and spreads. The SFT model, the same in every arm of a seed, is shown once."""
+    shown: dict[str, dict[int, Values]] = {}
+    for name, by_seed in rows.items():
+        _, _, label = name.partition("/")
+        shown.setdefault("SFT" if label == "sft" else _words(experiment, name), {}).update(by_seed)
+    cells = [[name, str(len(by_seed)), *(_cell(by_seed.values(), *column) for column in COLUMNS.values())] for name, by_seed in shown.items()]
+    return Table(["", "seeds", *COLUMNS], cells, [])
+
+
+def _words(experiment: Experiment, row: str) -> str:
+    arm, slash, label = row.partition("/")
+    if not slash:
+        return row
+    label = f"iteration {label}" if label.isdigit() else label.replace("_", " ")
+    return label if len(experiment.arms) == 1 else f"{arm}, {label}"
+
+
+def _cell(evaluations: Any, value: Callable[[Values], float | None], text: Callable[[float], str]) -> str:
+    values = [found for found in map(value, evaluations) if found is not None]
+    if not values:
+        return DASH
+    spread = f" ± {text(statistics.stdev(values))}" if len(values) > 1 else ""
+    return text(statistics.fmean(values)) + spread
+
+
+def claims(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> list[str]:
+    """One line a claim: for how many seeds the left row's sampled exact match was higher; the mean difference and its standard error."""
+    lines = []
+    for left, right in experiment.claims:
+        first, second = rows.get(left, {}), rows.get(right, {})
+        gains = [first[seed]["exact_match_sampled"] - second[seed]["exact_match_sampled"] for seed in first if seed in second]
+        if not gains:
+            continue
+        error = f" ± {_percent(statistics.stdev(gains) / math.sqrt(len(gains)))}" if len(gains) > 1 else ""
+        held = f"{sum(gain > 0 for gain in gains)} of {len(gains)} seeds, by {_percent(statistics.fmean(gains))}{error} points"
+        lines.append(f"- {_words(experiment, left)} above {_words(experiment, right)}: {held}")
+    return lines
+
+
+def by_seed(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table:
+    """Sampled exact match of every row and seed."""
+    names = [name for name in rows if not name.endswith("/sft") or name == f"{next(iter(experiment.arms))}/sft"]
+    cells = [
+        [_words(experiment, name), *(_percent(rows[name][seed]["exact_match_sampled"]) if seed in rows[name] else DASH for seed in experiment.seeds)]
+        for name in names
+    ]
+    return Table(["sampled exact match % by seed", *map(str, experiment.seeds)], cells, [])
+
+
+def block(path: Path, experiment: Experiment, root: Path) -> str:
+    """The Markdown of one experiment.
+
+    Raises:
+        RunDirError: nothing of it has been measured.
+    """
+    rows = measured(experiment, root)
+    if not rows:
+        raise RunDirError(f"{root / experiment.name} has no finished evaluation: run examples/experiments/run.py {path} first")
+    missing = [f"{arm} (seed {seed})" for arm in experiment.arms for seed in experiment.seeds if not _complete(experiment.run_dir(root, seed, arm))]
+    parts = [markdown(table(experiment, rows)), "\n".join(claims(experiment, rows)), markdown(by_seed(experiment, rows))]
+    parts += [f"Not finished: {', '.join(missing)}."] if missing else []
+    parts += [f"`.venv/bin/python -m examples.experiments.run {path}`, on {machine_name()} with {versions()}."]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _complete(run_dir: RunDir) -> bool:
+    if not run_dir.config.exists():
+        return False
+    config = load_config(run_dir.config)
+    targets = [run_dir.target(baseline=name) for name in config.baselines] + [run_dir.target(iteration=t) for t in range(config.iterations)]
+    return all(target.done.exists() for target in targets)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="+", type=Path, metavar="EXPERIMENT.yaml")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="--out of run.py (default: %(default)s)")
+    parser.add_argument("--docs", type=Path, nargs="*", default=[], metavar="FILE.md", help="Markdown files with the markers of these experiments")
+    parsed = parser.parse_args(arguments)
+    for path in parsed.experiments:
+        experiment = read_experiment(path)
+        text = block(path, experiment, parsed.out)
+        print(f"# {experiment.title}\n\n{text}\n")
+        for document in parsed.docs:
+            replaced = replace_block(document, text, name=experiment.name)
+            with atomic_writer(document) as file:
+                file.write(replaced)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,98 @@
+"""The experiments' definitions, and their tables against hand-made evaluations."""
+
+from pathlib import Path
+
+import pytest
+
+from examples.experiments import table
+from examples.experiments.experiment import read_experiment
+from megatron_spin.config import from_dict
+from megatron_spin.errors import ConfigError, RunDirError
+from megatron_spin.run_dir import write_json
+from tests.support.runs import REPOSITORY
+
+FILES = sorted((REPOSITORY / "examples" / "experiments").glob("*.yaml"))
+
+DEFINITION = """
+title: T
+seeds: [1, 2]
+arms:
+  a: {spin.iterations: 1}
+  a again: {spin.iterations: 1}
+  b: {after: a, spin.iterations: 2}
+best:
+  best of all: [a/0, b/0]
+claims:
+  - [b/1, a/0]
+  - [best of all, a/sft]
+"""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_definition_can_be_read_and_names_rows_that_will_be_there(path: Path) -> None:
+    experiment = read_experiment(path)
+    assert experiment.title and experiment.seeds and experiment.arms
+    named = {row for claim in experiment.claims for row in claim} | {row for rows in experiment.best.values() for row in rows}
+    for row in named - set(experiment.best):
+        assert row.partition("/")[0] in experiment.arms, row
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    path = tmp_path / "t.yaml"
+    path.write_text(DEFINITION)
+    return read_experiment(path)
+
+
+def measure(experiment, root: Path, seed: int, arm: str, label: str, matched: float) -> None:
+    run_dir = experiment.run_dir(root, seed, arm)
+    raw = {"name": "t", "model": {"hf": "m"}, "data": {"path": "d"}, "spin": {"iterations": 2 if arm == "b" else 1}, "baselines": {}}
+    run_dir.open(from_dict(raw))
+    target = run_dir.target(baseline="sft") if label == "sft" else run_dir.target(iteration=int(label))
+    values = {
+        "exact_match_sampled": matched, "exact_match_greedy": 1.0, "nll_per_token": 0.5, "likelihood": {"mix": {"nll_per_token": 0.25}},
+        "patterns": {"careless": {"sampled": 0.2, "exact_match_without": None}},
+    }  # fmt: skip
+    write_json(target.eval, values)
+
+
+def test_alike_arms_share_a_run_and_others_do_not(experiment, tmp_path) -> None:
+    a, again, b = (experiment.run_dir(tmp_path, 1, arm).root for arm in ("a", "a again", "b"))
+    assert a == again != b and experiment.run_dir(tmp_path, 2, "a").root != a
+
+
+def test_means_spreads_and_claims(experiment, tmp_path) -> None:
+    for seed, (sft, a, first, second) in {1: (0.5, 0.6, 0.4, 0.7), 2: (0.5, 0.6, 0.8, 0.5)}.items():
+        for arm, label, matched in (("a", "sft", sft), ("a", "0", a), ("b", "0", first), ("b", "1", second)):
+            measure(experiment, tmp_path, seed, arm, label, matched)
+    rows = table.measured(experiment, tmp_path)
+    cells = {row[0]: row[1:] for row in table.table(experiment, rows).rows}
+    assert cells["SFT"][:2] == ["2", "50.0 ± 0.0"] and cells["b, iteration 0"][1] == "60.0 ± 28.3"
+    assert cells["a, iteration 0"][3:] == ["20.0 ± 0.0", "–", "0.5000 ± 0.0000", "0.2500 ± 0.0000"]  # noqa: RUF001
+    assert cells["best of all"][1] == "70.0 ± 14.1"  # 0.6 and 0.8
+    lines = table.claims(experiment, rows)
+    assert lines[0] == "- b, iteration 1 above a, iteration 0: 1 of 2 seeds, by 0.0 ± 10.0 points"
+    assert lines[1].startswith("- best of all above a, sft: 2 of 2 seeds, by 20.0")
+    by_seed = {row[0]: row[1:] for row in table.by_seed(experiment, rows).rows}
+    assert by_seed["b, iteration 1"] == ["70.0", "50.0"]
+    assert "Not finished: a (seed 1)" in table.block(tmp_path / "t.yaml", experiment, tmp_path)
+
+
+def test_nothing_measured_is_said(experiment, tmp_path) -> None:
+    with pytest.raises(RunDirError, match="has no finished evaluation"):
+        table.block(tmp_path / "t.yaml", experiment, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title: T\nseeds: [1]\n", "needs title, seeds and arms"),
+        ("title: T\nseeds: [1]\narms: {a: {}}\nclaim: []\n", "needs title, seeds and arms"),
+        ("title: T\nseeds: [1]\narms: {b: {after: a}, a: {}}\n", "arm b comes after a, which is no arm above it"),
+        ("[", "cannot be read"),
+    ],
+)
+def test_bad_definitions(tmp_path, text, message) -> None:
+    (tmp_path / "e.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_experiment(tmp_path / "e.yaml")
