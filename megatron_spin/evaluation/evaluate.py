@@ -117,6 +117,8 @@ def _scores(
         won = margins(policy_logps[:count], opponent_logps[:count], policy_logps[count:], opponent_logps[count:], beta=beta)
         accuracy, margin = mean([item > 0 for item in won]), mean(won)
         result |= {"opponent": opponent.identity, "opponent_accuracy": accuracy.value, "opponent_accuracy_error": accuracy.error}
+        ties = mean([list(row.real_ids) == list(answer.token_ids) for row, answer in zip(rows, played or [], strict=True)])
+        result |= {"opponent_ties": ties.value}  # equal answers, which nobody wins
         result |= {"opponent_margin": margin.value, "opponent_margin_error": margin.error}
     return result
 

@@ -98,15 +98,15 @@ def _pattern_shares(
     """How often ``pattern`` is found, and the exact match among all sampled answers with it and without it (null where there are none)."""
     has = [[pattern.search(sample.text) is not None for sample in samples] for samples in sampled]
     judged = [
-        (found, exact_match(answer, sample, answer_pattern))
+        (mark, exact_match(answer, sample, answer_pattern))
         for answer, samples, marks in zip(real, sampled, has, strict=True)
-        for sample, found in zip(samples, marks, strict=True)
+        for sample, mark in zip(samples, marks, strict=True)
     ]
     return {
         "sampled": share(has).value,
         "real": mean([pattern.search(answer.text) is not None for answer in real]).value,
-        "exact_match_with": mean([right for found, right in judged if found]).value,
-        "exact_match_without": mean([right for found, right in judged if not found]).value,
+        "exact_match_with": mean([right for mark, right in judged if mark]).value,
+        "exact_match_without": mean([right for mark, right in judged if not mark]).value,
     }
 
 

@@ -18,6 +18,8 @@ import yaml
 
 from megatron_spin.data.prepared import load_rows
 from megatron_spin.hf.logps import hf_token_logps, load_model
+from megatron_spin.report.probe import probe
+from megatron_spin.run_dir import RunDir
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -154,6 +156,27 @@ def test_likelihood_of_more_files(finished: tuple[Path, float]) -> None:
     expected = -float(torch.cat(logps).double().mean())
     assert len(rows) == 60
     assert json.loads((run / "iteration_1/eval.json").read_text())["likelihood"]["all"]["nll_per_token"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_probe_of_a_run(finished: tuple[Path, float], workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)  # the configuration has relative paths
+    result = probe(RunDir(finished[0]))
+    measured = json.loads((finished[0] / "iteration_0/eval.json").read_text())
+    assert result.held_out == 12 and result.steps == 3 and result.differences.pairs == 48
+    assert result.accuracy * (1 - result.ties) == pytest.approx(measured["opponent_accuracy"])
+    assert 0 < result.differences.ended_generated < result.differences.ended_real == 1.0
+
+
+@pytest.mark.slow
+def test_the_probe_tool(workplace: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "tools/probe.py"), "spin.yaml", "--prompts", "40", "--steps", "2", "--run-dir", "probe"]
+    for _ in range(2):  # the second time everything is there
+        ran = subprocess.run(command, cwd=workplace, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+        assert ran.returncode == 0, f"{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
+        assert "After 2 steps the policy wins" in ran.stdout
+    assert json.loads((workplace / "probe/probe.json").read_text())["steps"] == 2
+    refused = subprocess.run([*command, "--steps", "0"], cwd=workplace, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert one_line_error(refused) == "error: --steps 0 must be greater than 0"
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(workplace: Path) -> None:

@@ -1,0 +1,62 @@
+"""Tells beforehand whether self-play has something to learn: what sets the model's own answers apart from the real ones on a few hundred prompts.
+
+Generates once, trains a few steps, and measures on held-out prompts, through tools/spin.sh in a run directory of its own; a probe that was
+stopped goes on. Writes probe.json there.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_spin import cli
+from megatron_spin.config import Config, load_config
+from megatron_spin.errors import ConfigError, SpinError
+
+
+def main() -> None:
+    parser = cli.config_parser(__doc__ or "")
+    parser.add_argument("--prompts", type=int, default=300, metavar="N", help="prompts to generate on and train on (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=10, metavar="N", help="optimizer steps before the held-out pairs are judged (default: %(default)s)"
+    )
+    parser.set_defaults(run_dir=None)
+    arguments = cli.parse(parser)
+    for name in ("prompts", "steps"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name} {getattr(arguments, name)} must be greater than 0")
+    config = load_config(Path(arguments.config), arguments.overrides)
+    if config.training.objective != "spin":
+        raise ConfigError(f"training.objective={config.training.objective}: a probe is for self-play; set it to spin")
+    root = arguments.run_dir or Path("runs") / f"{config.name}-probe"
+    overrides = [*arguments.overrides, *_settings(config, prompts=arguments.prompts, steps=arguments.steps)]
+    driver = [str(Path(__file__).with_name("spin.sh")), arguments.config, "--run-dir", str(root), "--until", "evaluate:0", *overrides]
+    status = subprocess.run(driver, env={**os.environ, "PYTHON": sys.executable}, check=False).returncode
+    if status:
+        raise SpinError(f"the probe's run ended with status {status}: see the line above; the same command goes on from there")
+
+    from megatron_spin.report.probe import print_probe, probe
+    from megatron_spin.run_dir import RunDir, write_json
+
+    result = probe(RunDir(root))
+    write_json(root / "probe.json", dataclasses.asdict(result))
+    print_probe(result)
+    print(f"written to {root / 'probe.json'}")
+
+
+def _settings(config: Config, *, prompts: int, steps: int) -> list[str]:
+    """What a probe changes of the configuration."""
+    held_out = config.evaluation.path is not None or config.evaluation.held_out_fraction > 0
+    return [
+        f"data.num_prompts={prompts}",
+        f"evaluation.num_prompts={prompts}",
+        *([] if held_out else ["evaluation.held_out_fraction=0.25"]),
+        "spin.iterations=1",
+        f"training.steps={steps}",
+        "baselines={}",
+    ]
+
+
+if __name__ == "__main__":
+    cli.run(main)
