@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_spin.config import Config, from_dict
+from megatron_spin.config import Config, at_iteration, from_dict
 
 
 def tiny_config(hf: Path, *, parallel: dict[str, Any] | None = None, optimizer: dict[str, Any] | None = None, **sections: Any) -> Config:
@@ -34,7 +34,7 @@ def random_pairs(count: int, *, vocabulary: int, seed: int = 0, prompt: int = 9,
 
 
 def make_trainer(config: Config, pairs: list[Any], scores: np.ndarray | None, *, steps: int = 5) -> Any:
-    """A Trainer of the SPIN loss over ``pairs`` whose model holds the weights of ``config.model.hf``."""
+    """A Trainer over ``pairs`` (for ``sft``: over their real answers) whose model holds the weights of ``config.model.hf``."""
     from megatron_spin.parallel.setup import choose_device, initialize
 
     device = choose_device(config.device)
@@ -42,31 +42,37 @@ def make_trainer(config: Config, pairs: list[Any], scores: np.ndarray | None, *,
     from megatron_spin.hf.load import load_hf
     from megatron_spin.models.provider import build_model
     from megatron_spin.spin.scores import BatchShape
-    from megatron_spin.spin.step import spin_forward_step
+    from megatron_spin.spin.step import sft_forward_step, spin_forward_step
     from megatron_spin.training.optimizer import wrap_and_optimize
     from megatron_spin.training.trainer import Schedule, Trainer
 
     dims = initialize(config.parallel, device)
-    examples = [Example(prompt, (real, generated)) for prompt, real, generated in pairs]
-    training = config.training
+    training, sft = config.training, config.training.objective == "sft"
+    examples = [Example(prompt, (real,) if sft else (real, generated)) for prompt, real, generated in pairs]
     shape = BatchShape(training.global_batch_size, training.micro_batch_size, sequence_length(examples, 8))
-    model, optimizer = wrap_and_optimize(build_model(config, dims), config, dims=dims, learning_rate=0.01)
+    peak = at_iteration(training.learning_rate, 0)
+    model, optimizer = wrap_and_optimize(build_model(config, dims), config, dims=dims, learning_rate=peak)
     load_hf(model, Path(config.model.hf), dims)
     optimizer.reload_model_params()
-    step = spin_forward_step(beta=0.3, loss=config.spin.loss)
+    step = sft_forward_step() if sft else spin_forward_step(beta=at_iteration(config.spin.beta, 0), loss=config.spin.loss)
     sampler = BatchSampler(len(examples), training.global_batch_size, training.seed)
-    schedule = Schedule(steps, 0.01, training.schedule, training.warmup_fraction)
+    schedule = Schedule(steps, peak, training.schedule, training.warmup_fraction)
     return Trainer(model, optimizer, step, examples, scores, sampler, shape, schedule, dims)
 
 
 def gradients(trainer: Any, hf: Path) -> dict[str, np.ndarray]:
     """The accumulated gradients under their Hugging Face names, on rank 0 (empty elsewhere); overwrites the weights."""
-    from megatron_spin.hf.export import stream_hf
-    from megatron_spin.hf.files import read_config
-
     for chunk in trainer.model:
         for parameter in chunk.parameters():
             parameter.data.copy_(parameter.main_grad)
+    return weights(trainer, hf)
+
+
+def weights(trainer: Any, hf: Path) -> dict[str, np.ndarray]:
+    """The weights under their Hugging Face names, on rank 0 (empty elsewhere)."""
+    from megatron_spin.hf.export import stream_hf
+    from megatron_spin.hf.files import read_config
+
     return {name: tensor.numpy().copy() for name, tensor in stream_hf(trainer.model, read_config(hf), trainer.dims, "fp32")}
 
 
@@ -83,9 +89,16 @@ def losses(config: Config, pairs: list[Any], scores: np.ndarray, *, steps: int =
     return [trainer.step(step) for step in range(steps)]
 
 
+def trained_weights(config: Config, pairs: list[Any], scores: np.ndarray | None, *, steps: int) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """The metrics of ``steps`` optimizer steps, and the weights they end with under their Hugging Face names (empty but on rank 0)."""
+    trainer = make_trainer(config, pairs, scores, steps=steps)
+    rows = [trainer.step(step) for step in range(steps)]
+    return rows, weights(trainer, Path(config.model.hf))
+
+
 def scores_of(config: Config, pairs: list[Any]) -> np.ndarray:
     """Summed log-probs of all pairs by the scoring pass, [N, 2]."""
+    trainer = make_trainer(config, pairs, None)  # first: it installs the CPU adapter, which must come before Megatron
     from megatron_spin.spin.scores import score
 
-    trainer = make_trainer(config, pairs, None)
     return score(trainer.model, trainer.examples, np.arange(len(pairs)), shape=trainer.shape, dims=trainer.dims)
