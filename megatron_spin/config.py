@@ -169,7 +169,12 @@ class TrainingConfig:
     seed: int = 0
     """Seed of the order of pairs."""
     optimizer: dict[str, Any] = dataclasses.field(default_factory=lambda: {"optimizer": "adam", "clip_grad": 1.0, "weight_decay": 0.0})
-    """Any ``OptimizerConfig`` field; given keys are merged over the default."""
+    """Any ``OptimizerConfig`` field; given keys are merged over the default.
+
+    ``optimizer`` is ``adam``, ``sgd`` or ``rmsprop`` (the paper's). RMSProp is torch's, without momentum: ``adam_beta2`` is its alpha (0.99
+    unless given), ``adam_eps`` its eps (1e-8), added to the root. ``weight_decay`` is decoupled as for AdamW, or with
+    ``decoupled_weight_decay: false`` added to the gradient, which is what torch's RMSprop does.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

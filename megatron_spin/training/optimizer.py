@@ -15,8 +15,9 @@ from megatron_spin.config import Config
 from megatron_spin.errors import ConfigError
 from megatron_spin.parallel.cpu_device import megatron_region
 from megatron_spin.parallel.setup import ParallelDims
+from megatron_spin.training import rmsprop
 
-OPTIMIZERS = ("adam", "sgd")
+OPTIMIZERS = ("adam", "rmsprop", "sgd")
 
 
 def learning_rate(step: int, *, total: int, peak: float, schedule: str, warmup_fraction: float) -> float:
@@ -42,19 +43,23 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
 
 
 def distributed_optimizer(config: Config) -> bool:
-    """Whether the optimizer state is sharded: as configured, but only for Adam, the one that Megatron's DistributedOptimizer takes."""
-    return config.parallel.use_distributed_optimizer and config.training.optimizer["optimizer"] == "adam"
+    """Whether the optimizer state is sharded: as configured, but not for SGD, which Megatron's DistributedOptimizer does not take."""
+    return config.parallel.use_distributed_optimizer and config.training.optimizer["optimizer"] != "sgd"
 
 
 def optimizer_config(config: Config, *, learning_rate: float) -> OptimizerConfig:
     """``training.optimizer`` as Megatron's OptimizerConfig.
 
     Raises:
-        ConfigError: an unknown field, or an optimizer that is not there.
+        ConfigError: an unknown field, an optimizer that is not there, or a field that it has no use for.
     """
     given = dict(config.training.optimizer)
     if given["optimizer"] not in OPTIMIZERS:
         raise ConfigError(f"training.optimizer.optimizer={given['optimizer']!r} is not there: choose one of {', '.join(OPTIMIZERS)}")
+    if given["optimizer"] == "rmsprop":
+        for name in [name for name in rmsprop.REFUSED if name in given]:
+            raise ConfigError(f"training.optimizer.{name}={given[name]} does not apply to rmsprop: leave it out, or use optimizer: adam")
+        given = {"adam_beta2": rmsprop.ALPHA, "adam_eps": rmsprop.EPS, **given, **rmsprop.AS_ADAM}
     bf16 = config.precision.dtype == "bf16"
     ours = {"lr": learning_rate, "bf16": bf16, "params_dtype": torch.bfloat16 if bf16 else torch.float32}
     defaults = {"min_lr": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "use_distributed_optimizer": distributed_optimizer(config)}
@@ -72,7 +77,10 @@ def wrap_and_optimize(
         given = {"grad_reduce_in_fp32": True, **config.parallel.ddp, "use_distributed_optimizer": distributed_optimizer(config)}
         ddp_config = _megatron_config(DistributedDataParallelConfig, given, "parallel.ddp")
         wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in model]
-        optimizer = get_megatron_optimizer(optimizer_config(config, learning_rate=learning_rate), wrapped)
+        settings = optimizer_config(config, learning_rate=learning_rate)
+        optimizer = get_megatron_optimizer(settings, wrapped)
+        if config.training.optimizer["optimizer"] == "rmsprop":
+            rmsprop.replace_adam(optimizer, settings)
         for chunk in wrapped:
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [part.no_sync for part in wrapped]

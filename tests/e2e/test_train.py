@@ -218,6 +218,7 @@ def test_metadata_that_names_a_foreign_function_is_refused(fresh):
         (["training.global_batch_size=48"], "48"),
         (["parallel.tensor_model_parallel_size=3", "model.make_vocab_size_divisible_by=1"], "3"),
         (["training.optimizer={optimizer: lion}"], "lion"),
+        (["training.optimizer={optimizer: rmsprop, sgd_momentum: 0.9}"], "sgd_momentum=0.9 does not apply to rmsprop"),
         (["spin.beta=0.9"], "spin.beta"),
     ],
 )

@@ -96,6 +96,21 @@ def trained_weights(config: Config, pairs: list[Any], scores: np.ndarray | None,
     return rows, weights(trainer, Path(config.model.hf))
 
 
+def resumed_weights(
+    config: Config, pairs: list[Any], scores: np.ndarray, *, steps: int, stop: int, directory: Path
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """As :func:`trained_weights`, but after ``stop`` steps another trainer goes on from the checkpoint in ``directory``."""
+    trainer = make_trainer(config, pairs, scores, steps=steps)
+    from megatron_spin.training.checkpoint import load_checkpoint, save_checkpoint
+
+    rows = [trainer.step(step) for step in range(stop)]
+    save_checkpoint(directory, stop, trainer.model, dims=trainer.dims, optimizer=trainer.optimizer)
+    trainer = make_trainer(config, pairs, scores, steps=steps)
+    load_checkpoint(directory, trainer.model, dims=trainer.dims, optimizer=trainer.optimizer)
+    rows += [trainer.step(step) for step in range(stop, steps)]
+    return rows, weights(trainer, Path(config.model.hf))
+
+
 def scores_of(config: Config, pairs: list[Any]) -> np.ndarray:
     """Summed log-probs of all pairs by the scoring pass, [N, 2]."""
     trainer = make_trainer(config, pairs, None)  # first: it installs the CPU adapter, which must come before Megatron
