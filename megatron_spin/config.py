@@ -71,7 +71,11 @@ class PrecisionConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     path: str
-    """SFT data: JSONL, JSON or Parquet with prompt/response, instruction/input/output, question/answer or messages."""
+    """SFT data: JSONL, JSON or Parquet with prompt/response, instruction/input/output, question/answer or messages.
+
+    For ``training.objective: dpo`` rows of prompt/chosen/rejected, both answers as text or as messages whose last one is the answer;
+    elsewhere such rows stand for their chosen answers.
+    """
     template: Literal["instruction", "chat", "none"] = "instruction"
     """``instruction`` is the paper's, ``chat`` the tokenizer's own, ``none`` takes the prompt as it stands."""
     end_token: str | None = None
@@ -140,15 +144,18 @@ class SpinConfig:
     loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
     """The pairwise loss, convex and decreasing (Assumption 5.1)."""
     beta: PerIteration[float] = 0.1
-    """The paper's lambda: weight of the log-ratio margin."""
+    """The paper's lambda, DPO's beta: weight of the log-ratio margin."""
     reuse_previous: bool = True
     """From iteration 1 on, add the previous iteration's generations, scored again under the new opponent."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    objective: Literal["spin", "sft"] = "spin"
-    """``sft`` trains by likelihood alone, without opponent or generation."""
+    objective: Literal["spin", "dpo", "sft"] = "spin"
+    """``dpo`` plays against given ``rejected`` answers, ``sft`` trains by likelihood alone; both are one iteration without generation.
+
+    DPO's reference is the model that the run starts from; ``spin.beta`` and ``spin.loss`` are its beta and loss (logistic is DPO's own).
+    """
     epochs: PerIteration[int] = 2
     steps: PerIteration[int | None] = None
     """Steps an iteration, instead of ``epochs``."""
@@ -182,7 +189,7 @@ class BaselineConfig:
     """SFT continued on the run's own data, to compare with."""
 
     steps: int | Literal["same_steps", "same_sequences"] = "same_steps"
-    """A number, as many optimizer steps as SPIN's iterations together, or as many sequences (a pair is two)."""
+    """A number, as many optimizer steps as all iterations together (DPO has one), or as many sequences (a pair is two)."""
     learning_rate: float | None = None
     """Peak learning rate; null: iteration 0's."""
 
@@ -211,7 +218,7 @@ class Config:
 
     @property
     def iterations(self) -> int:
-        """Rounds to run: plain SFT is one."""
+        """Rounds to run: DPO and plain SFT are one."""
         return self.spin.iterations if self.training.objective == "spin" else 1
 
 

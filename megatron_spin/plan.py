@@ -16,6 +16,13 @@ from megatron_spin.config import Config
 from megatron_spin.errors import ConfigError, DeviceError, RunDirError
 from megatron_spin.run_dir import RunDir, read_json, write_json
 
+TRAINING = {
+    "spin": "self-play against the opponent",
+    "dpo": "prefer the chosen answers to the rejected ones",
+    "sft": "fine-tune on the answers",
+}
+"""What training does, by objective."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -60,24 +67,23 @@ class Plan:
         return steps[: names.index(until) + 1]
 
     def _all(self) -> Iterator[Step]:
-        config, spin, evaluates = self.config, self.config.training.objective == "spin", has_evaluation(self.config)
+        config, objective, evaluates = self.config, self.config.training.objective, has_evaluation(self.config)
+        spin = objective == "spin"
         yield self._step("prepare", "read, check and tokenize the data", "prepare.py")
         base = ("--hf", config.model.hf, "--checkpoint", str(self.run_dir.base))
         yield self._bare("import", "turn the Hugging Face model into a Megatron checkpoint", "import_hf.py", *base)
-        if spin and evaluates:
+        if objective != "sft" and evaluates:
             yield self._step("evaluate:sft", "measure the model that the run begins with", "evaluate.py", "--baseline", "sft")
         for iteration in range(config.iterations):
             if spin:
                 what = "the opponent answers every prompt"
                 yield self._step(f"generate:{iteration}", what, "generate.py", "--iteration", str(iteration))
-            yield from self._train_and_measure(
-                f"{iteration}", "--iteration", "self-play against the opponent" if spin else "fine-tune on the answers"
-            )
+            yield from self._train_and_measure(f"{iteration}", "--iteration", TRAINING[objective])
             last = iteration + 1 == config.iterations
             what = "the run's last policy is complete" if last else f"the policy becomes the opponent of iteration {iteration + 1}"
             yield self._finish("rotate" if spin else "finish", str(iteration), what)
         # The baselines come last: whoever started a self-play wants its result first, and they share nothing with it but data and base.
-        for name in config.baselines if spin else ():
+        for name in config.baselines if objective != "sft" else ():
             yield from self._train_and_measure(name, "--baseline", f"continue SFT to compare with ({config.baselines[name].steps})")
             yield self._finish("finish", name, "the baseline is complete")
 
@@ -165,7 +171,7 @@ def as_text(steps: Sequence[Step], run_dir: RunDir) -> Iterator[str]:
 
 
 def finish(plan: Plan, phase: str) -> None:
-    """Writes the ``DONE`` marker of an iteration (``rotate:T``) or a baseline (``finish:NAME``): everything before it has been done.
+    """Writes the ``DONE`` marker of an iteration (``rotate:T``, or ``finish:T`` without self-play) or of a baseline (``finish:NAME``).
 
     Raises:
         RunDirError: a phase before it has not been done.
@@ -174,13 +180,12 @@ def finish(plan: Plan, phase: str) -> None:
     if run_dir.is_done(phase):
         print(f"{phase} already done")
         return
-    verb, _, label = phase.partition(":")
+    label = phase.partition(":")[2]
     steps = [step for step in plan.steps(phase)[:-1] if step.phase.endswith(f":{label}")]
     missing = [step.phase for step in steps if not step.done]
     if missing:
         raise RunDirError(f"{phase} must wait for {', '.join(missing)}: run tools/spin.sh, which runs all phases in order")
     phases = read_json(run_dir.state)["phases"]
-    of_iteration = verb == "rotate" or plan.config.training.objective == "sft"
-    target = run_dir.target(iteration=int(label)) if of_iteration else run_dir.target(baseline=label)
+    target = run_dir.target(iteration=int(label)) if label.isdigit() else run_dir.target(baseline=label)
     write_json(target.done, {step.phase: phases[step.phase] for step in steps})
     run_dir.mark_done(phase, seconds=time.monotonic() - started)

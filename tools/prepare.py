@@ -1,12 +1,13 @@
-"""Reads, checks and tokenizes the SFT data once; everything later works on its output."""
+"""Reads, checks and tokenizes the data once; everything later works on its output."""
 
 import time
+from pathlib import Path
 
 from megatron_spin import cli
 
 
 def main() -> None:
-    parser = cli.config_parser("Read, check and tokenize the SFT data into RUN_DIR/data, with a held-out part if the config asks for one.")
+    parser = cli.config_parser("Read, check and tokenize the data into RUN_DIR/data, with a held-out part if the config asks for one.")
     config, root = cli.read_config(cli.parse(parser))
 
     from megatron_spin.data.preparation import describe, prepare
@@ -23,6 +24,12 @@ def main() -> None:
     run_dir.open(config)  # only now: a typing error in data.path must not bind the directory to it
     prepared.save(run_dir.data)
     manifest = prepared.manifest
+    if prepared.pairs is not None:  # DPO: the pairs are given, and the opponent is the model that the run begins with
+        from megatron_spin.data.pairs import save_pairs
+        from megatron_spin.hf.identity import identity
+
+        opponent = identity(Path(config.model.hf), config.precision.export_dtype)
+        save_pairs(run_dir.target(iteration=0).pairs, prepared.pairs, opponent=opponent, data=manifest["identity"])
     print(describe(manifest, config))
     run_dir.mark_done("prepare", seconds=time.monotonic() - started, identity=manifest["identity"], prompts=manifest["counts"]["kept"])
 

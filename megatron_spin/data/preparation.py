@@ -1,4 +1,4 @@
-"""The prepare phase: read the SFT data, check everything that later phases take for granted, tokenize once, split, and count. No torch."""
+"""The prepare phase: read the data, check everything that later phases take for granted, tokenize once, split, and count. No torch."""
 
 import collections
 import dataclasses
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from megatron_spin.config import Config, DataConfig
+from megatron_spin.data.pairs import BuiltPairs, Pair
 from megatron_spin.data.prepared import Row, hash_rows, save_rows
 from megatron_spin.data.reading import Sample, read_samples
 from megatron_spin.data.templates import answer_ids, end_token_id, ends_inside, load_tokenizer, prompt_ids, tokenizer_sha
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 DROPPED = {
     "empty_prompt": "prompt is empty",
     "empty_answer": "answer is empty",
+    "several_turns": "conversation has more than one turn",
     "long_prompt": "prompt longer than {limit} tokens (data.max_prompt_length)",
     "end_inside": "answer has the end token inside",
 }
@@ -51,6 +53,8 @@ class Tokenized:
     """The usable rows of one file."""
 
     rows: list[Row]
+    rejected: dict[int, Row]
+    """For preferences, by the row's index: the same prompt with the rejected answer in the real one's place."""
     counts: dict[str, Any]
     """``read``, ``dropped`` by reason, ``capped``, ``duplicates`` (prompts seen before) of all usable rows, before any draw."""
 
@@ -64,6 +68,8 @@ class Prepared:
     """Empty where the config asks for no evaluation."""
     likelihood: dict[str, list[Row]]
     """The rows of each file of ``evaluation.likelihood``."""
+    pairs: BuiltPairs | None
+    """For DPO, the pairs that it trains on, in the order of ``train``."""
     manifest: dict[str, Any]
     """Template, end token, tokenizer sha, ``identity`` and ``eval_identity``, counts of both files."""
 
@@ -86,7 +92,8 @@ def prepare(config: Config) -> Prepared:
     """
     hf = Path(config.model.hf)
     tokenizer, limits = _limits(config, hf)
-    train = _tokenize(Path(config.data.path), tokenizer, config.data, limits)
+    dpo = config.training.objective == "dpo"
+    train = _tokenize(Path(config.data.path), tokenizer, config.data, limits, preferences=dpo)
     if config.evaluation.path is not None:
         held_out: Tokenized | None = _tokenize(Path(config.evaluation.path), tokenizer, config.data, limits)
         rows, held = train.rows, held_out.rows if held_out else []
@@ -97,6 +104,7 @@ def prepare(config: Config) -> Prepared:
     evaluated = _draw(held, config.evaluation.num_prompts, config.evaluation.seed)
     _check_some(config, train, drawn, held)
     likelihood = {name: _likelihood_rows(name, Path(path), tokenizer, config, limits) for name, path in config.evaluation.likelihood.items()}
+    pairs = _pairs(drawn, train.rejected) if dpo else None
 
     manifest = {
         "template": config.data.template,
@@ -110,7 +118,12 @@ def prepare(config: Config) -> Prepared:
             **train.counts,
             "held_out": len(train.rows) - len(rows),
             "kept": len(drawn),
-            "tokens": {"prompt": sum(len(r.prompt_ids) for r in drawn), "answer": sum(len(r.real_ids) for r in drawn)},
+            "tokens": {
+                "prompt": sum(len(r.prompt_ids) for r in drawn),
+                "answer": sum(len(r.real_ids) for r in drawn),
+                **({"rejected answer": sum(len(pair.generated_ids) for pair in pairs.pairs)} if pairs else {}),
+            },
+            **({"pairs": pairs.counts} if pairs else {}),
         },
         "eval_counts": {
             **(held_out.counts if held_out else {}),
@@ -118,7 +131,7 @@ def prepare(config: Config) -> Prepared:
             "prompts_also_trained_on": _overlap(drawn, evaluated),
         },
     }
-    return Prepared(drawn, evaluated, likelihood, manifest)
+    return Prepared(drawn, evaluated, likelihood, pairs, manifest)
 
 
 def describe(manifest: dict[str, Any], config: Config) -> str:
@@ -132,6 +145,8 @@ def describe(manifest: dict[str, Any], config: Config) -> str:
     lines += [("prompts to train on", counts["kept"])]
     lines += [(f"  {part} tokens", count) for part, count in counts["tokens"].items()]
     lines += [("usable rows whose answer was cut", counts["capped"]), ("usable rows whose prompt came before", counts["duplicates"])]
+    if "pairs" in counts:
+        lines += [("rejected answers that were cut", counts["pairs"]["truncated"]), ("pairs of equal answers", counts["pairs"]["identical"])]
     if "read" in evaluation:
         lines += [("evaluation rows read", evaluation["read"])]
         lines += [(f"  dropped: {_reason(reason, config)}", count) for reason, count in evaluation["dropped"].items()]
@@ -193,19 +208,33 @@ def _check_end(model: dict[str, Any], generation: dict[str, Any] | None, tokeniz
         )
 
 
-def _tokenize(path: Path, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: Limits) -> Tokenized:
-    samples = read_samples(path)
+def _pairs(rows: Sequence[Row], rejected: dict[int, Row]) -> BuiltPairs:
+    """Pairs of ``rows`` with their rejected answers, which stand where self-play has the generated ones."""
+    pairs = []
+    for row in rows:
+        lost = rejected[row.index]
+        pairs.append(Pair(row.index, 0, row.prompt_ids, row.real_ids, lost.real_ids, "length" if lost.real_truncated else "stop"))
+    counts = {"truncated": sum(pair.finish_reason == "length" for pair in pairs)}
+    return BuiltPairs(pairs, {**counts, "identical": sum(pair.real_ids == pair.generated_ids for pair in pairs)})
+
+
+def _tokenize(path: Path, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: Limits, *, preferences: bool = False) -> Tokenized:
+    samples = read_samples(path, preferences=preferences)
     dropped = collections.Counter(samples.dropped)
-    rows = []
+    rows: list[Row] = []
+    rejected: dict[int, Row] = {}
     # Fast tokenizers warn once about texts beyond the model's length; over-long rows are counted here instead.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer.model_max_length = int(1e12)
     for sample in tqdm(samples.rows, desc=f"tokenize {path.name}", unit="row"):
-        row = _row(sample, tokenizer, data, limits)
-        if isinstance(row, Row):
-            rows.append(row)
-        else:
-            dropped[row] += 1
+        row = _row(sample, sample.answer, tokenizer, data, limits)
+        lost = _row(sample, sample.rejected, tokenizer, data, limits) if preferences and sample.rejected is not None else None
+        if isinstance(row, str) or isinstance(lost, str):
+            dropped[row if isinstance(row, str) else str(lost)] += 1
+            continue
+        rows.append(row)
+        if lost is not None:
+            rejected[row.index] = lost
     counts = {
         "read": samples.read,
         "format": samples.format,
@@ -213,13 +242,13 @@ def _tokenize(path: Path, tokenizer: "PreTrainedTokenizerBase", data: DataConfig
         "capped": sum(row.real_truncated for row in rows),
         "duplicates": len(rows) - len({tuple(row.prompt_ids) for row in rows}),
     }
-    return Tokenized(rows, counts)
+    return Tokenized(rows, rejected, counts)
 
 
-def _row(sample: Sample, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: Limits) -> Row | str:
-    """The tokenized row, or the reason for dropping it."""
+def _row(sample: Sample, text: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: Limits) -> Row | str:
+    """The prompt of ``sample`` with the answer ``text``, tokenized, or the reason for dropping the row."""
     prompt = prompt_ids(tokenizer, data.template, sample.prompt, sample.system)
-    answer = answer_ids(tokenizer, sample.answer, limits.end)
+    answer = answer_ids(tokenizer, text, limits.end)
     if len(prompt) > limits.prompt:
         return "long_prompt"
     if answer == [limits.end]:

@@ -1,4 +1,4 @@
-"""SFT data from a local JSONL, JSON or Parquet file: four row formats in, prompts and answers out. No torch."""
+"""SFT or preference data from a local JSONL, JSON or Parquet file: five row formats in, prompts and answers out. No torch."""
 
 import collections
 import dataclasses
@@ -11,11 +11,13 @@ from typing import Any
 
 from megatron_spin.errors import DataError
 
+PREFERENCES = "prompt/chosen/rejected"
 FORMATS: dict[str, tuple[str, ...]] = {
     "prompt/response": ("prompt", "response"),
     "instruction/input/output": ("instruction", "output"),
     "question/answer": ("question", "answer"),
     "messages": ("messages",),
+    PREFERENCES: ("prompt", "chosen", "rejected"),
 }
 """Row formats by name, with the columns each needs; the first that a file has all columns of is taken (``input`` may be missing)."""
 
@@ -30,6 +32,8 @@ class Sample:
     answer: str
     system: str | None = None
     """System message before the prompt, where the row has one."""
+    rejected: str | None = None
+    """The answer that lost against ``answer``, where the row has one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,30 +44,34 @@ class Samples:
     read: int
     """Rows in the file."""
     dropped: dict[str, int]
-    """Rows left out, by reason: ``empty_prompt``, ``empty_answer``."""
+    """Rows left out, by reason: ``empty_prompt``, ``empty_answer``, ``several_turns``."""
     format: str
     """A key of :data:`FORMATS`."""
 
 
-def read_samples(path: Path) -> Samples:
+def read_samples(path: Path, *, preferences: bool = False) -> Samples:
     """Reads ``path`` (``.jsonl``, ``.json`` or ``.parquet``), checks each row and leaves out those without a prompt or an answer.
+
+    With ``preferences`` every row must have a rejected answer, too.
 
     Raises:
         DataError: no such file, unknown suffix, malformed (JSON lines are named by number, from 1), unknown columns, a value of the wrong
             type (with its row number, from 0), or no row at all.
     """
     rows = _open(path)
-    columns = list(rows.column_names)
-    name = _format_of(columns, path)
+    name = _format_of(list(rows.column_names), path, preferences)
     convert = _CONVERTERS[name]
     samples, dropped = [], collections.Counter[str]()
     for index, row in enumerate(rows):
         sample = convert(row, index, path)
-        reason = "empty_prompt" if not sample.prompt.strip() else "empty_answer" if not sample.answer.strip() else None
-        if reason is None:
-            samples.append(sample)
+        if isinstance(sample, str):
+            dropped[sample] += 1
+        elif not sample.prompt.strip():
+            dropped["empty_prompt"] += 1
+        elif not sample.answer.strip() or (sample.rejected is not None and not sample.rejected.strip()):
+            dropped["empty_answer"] += 1
         else:
-            dropped[reason] += 1
+            samples.append(sample)
     return Samples(samples, len(rows), dict(dropped), name)
 
 
@@ -146,6 +154,8 @@ def _check_rows(rows: Iterable[tuple[int, Any]], where: Callable[[int], str], pa
         name = next((name for name, needed in FORMATS.items() if row.keys() >= set(needed)), None)
         if name == "messages":
             first_turn(row["messages"], f"{path} {where(number)}")
+        elif name == PREFERENCES:
+            _preference(row, f"{path} {where(number)}")
         elif name is not None:
             for column in (*FORMATS[name], *(("input",) if name == "instruction/input/output" else ())):
                 if not isinstance(row.get(column), str | None):
@@ -154,7 +164,12 @@ def _check_rows(rows: Iterable[tuple[int, Any]], where: Callable[[int], str], pa
         raise DataError(f"data file {path} holds no rows: give a file with at least one")
 
 
-def _format_of(columns: list[str], path: Path) -> str:
+def _format_of(columns: list[str], path: Path, preferences: bool) -> str:
+    if preferences:
+        lacking = [column for column in FORMATS[PREFERENCES] if column not in columns]
+        if lacking:
+            raise DataError(f"data file {path} has no column {lacking[0]}: training.objective=dpo needs prompt, chosen and rejected")
+        return PREFERENCES
     for name, needed in FORMATS.items():
         if all(column in columns for column in needed):
             return name
@@ -185,11 +200,37 @@ def _messages(row: Mapping[str, Any], index: int, path: Path) -> Sample:
     return Sample(index, prompt, answer, system)
 
 
-_CONVERTERS: dict[str, Callable[[Mapping[str, Any], int, Path], Sample]] = {
+def _preferences(row: Mapping[str, Any], index: int, path: Path) -> Sample | str:
+    found = _preference(row, f"{path} row {index}")
+    return found if isinstance(found, str) else Sample(index, *found)
+
+
+def _preference(row: Mapping[str, Any], where: str) -> tuple[str, str, str | None, str] | str:
+    """Prompt, chosen answer, system message and rejected answer, or the reason for leaving the row out."""
+    prompt, answers = row["prompt"], []
+    system: str | None = None
+    if not isinstance(prompt, str | None):
+        raise DataError(f"{where}: prompt is {_kind(prompt)}, not text: correct the row")
+    for column in ("chosen", "rejected"):
+        value = row[column]
+        if isinstance(value, list):
+            # The prompt column holds one turn: what came before it in a longer conversation would be lost.
+            if sum(isinstance(message, dict) and message.get("role") == "user" for message in value) > 1:
+                return "several_turns"
+            before, _, value = first_turn(value, f"{where}: {column}")
+            system = before if system is None else system
+        elif not isinstance(value, str | None):
+            raise DataError(f"{where}: {column} is {_kind(value)}, neither text nor messages: correct the row")
+        answers.append(value or "")
+    return prompt or "", answers[0], system, answers[1]
+
+
+_CONVERTERS: dict[str, Callable[[Mapping[str, Any], int, Path], Sample | str]] = {
     "prompt/response": _plain("prompt", "response"),
     "instruction/input/output": _instruction,
     "question/answer": _plain("question", "answer"),
     "messages": _messages,
+    PREFERENCES: _preferences,
 }
 
 

@@ -76,7 +76,7 @@ def evaluate(config: Config, run_dir: RunDir, player: Player) -> dict[str, Any]:
 def _opponent(config: Config, run_dir: RunDir, player: Player) -> Player | None:
     """The player that ``player``'s iteration trained against; None where there was none."""
     iteration = player.target.iteration
-    if iteration is None or config.training.objective != "spin":
+    if iteration is None or config.training.objective == "sft":
         return None
     previous = run_dir.target(baseline="sft") if iteration == 0 else run_dir.target(iteration=iteration - 1)
     opponent = Player.of(config, previous)

@@ -60,7 +60,7 @@ def _small(picture: io.BytesIO) -> bytes:
 def _curve_panels(results: Results) -> list[Panel]:
     if not results.curves:
         return []
-    if results.config.training.objective != "spin":
+    if results.config.training.objective == "sft":
         return [_loss]
     return [_loss, _accuracy, _rewards]
 
@@ -122,7 +122,9 @@ def _accuracy(place: Any, results: Results) -> None:
 
 def _rewards(place: Any, results: Results) -> None:
     _curve(place, results, "real_reward", color=SPIN, label="real answers")
-    _curve(place, results, "generated_reward", color=WARM, label="the opponent's")
+    _curve(
+        place, results, "generated_reward", color=WARM, label="the opponent's" if results.config.training.objective == "spin" else "rejected answers"
+    )
     place.axhline(0, color=FAINT, linewidth=0.9, linestyle=":")
     place.set_title("reward: β x log-ratio to the opponent")
     place.legend(loc="best")

@@ -20,7 +20,7 @@ class Evaluated:
     """One model of the comparison."""
 
     name: str
-    """As people say it: ``SFT``, ``SFT +92 steps`` (continued on the same data), ``SPIN 0``."""
+    """As people say it: ``SFT``, ``SFT +92 steps`` (continued on the same data), ``SPIN 0``, ``DPO``."""
     iteration: int | None
     """The self-play iteration; None for a baseline."""
     values: dict[str, Any]
@@ -101,12 +101,13 @@ def read_results(root: Path) -> Results:
 
 
 def _evaluated(config: Config, run_dir: RunDir, steps: dict[str, int]) -> list[Evaluated]:
-    method = "SPIN" if config.training.objective == "spin" else "SFT"
-    players: list[tuple[str, Target]] = [("SFT" if method == "SPIN" else "untrained", run_dir.target(baseline="sft"))]
-    for name in config.baselines if method == "SPIN" else ():
+    method = config.training.objective
+    # DPO may start from any model, a SPIN export for example.
+    players: list[tuple[str, Target]] = [({"spin": "SFT", "dpo": "start", "sft": "untrained"}[method], run_dir.target(baseline="sft"))]
+    for name in config.baselines if method != "sft" else ():
         label = f"SFT +{steps[name]} steps" if name in steps else name
         players.append((label, run_dir.target(baseline=name)))
-    players += [(f"{method} {t}", run_dir.target(iteration=t)) for t in range(config.iterations)]
+    players += [("DPO" if method == "dpo" else f"{method.upper()} {t}", run_dir.target(iteration=t)) for t in range(config.iterations)]
     return [Evaluated(name, target.iteration, read_json(target.eval)) for name, target in players if target.eval.exists()]
 
 

@@ -168,8 +168,9 @@ def test_values_by_iteration() -> None:
     assert at_iteration(3, 5) == 3
 
 
-def test_sft_is_one_iteration() -> None:
-    assert build(training={"objective": "sft"}).iterations == 1 and build(spin={"iterations": 3}).iterations == 3
+def test_sft_and_dpo_are_one_iteration() -> None:
+    assert build(training={"objective": "sft"}).iterations == build(training={"objective": "dpo"}).iterations == 1
+    assert build(spin={"iterations": 3}).iterations == 3
 
 
 RESUMABLE_CHANGES = {

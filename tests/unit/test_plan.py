@@ -54,6 +54,18 @@ def test_order_of_sft(raw: dict[str, Any], tmp_path: Path) -> None:
     assert phases(raw, tmp_path / "run") == ["prepare", "import", "train:0", "export:0", "evaluate:0", "finish:0"]
 
 
+def test_order_of_dpo(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["training"] = {"objective": "dpo"}
+    run_dir = RunDir(tmp_path / "run")
+    own = ["train:0", "export:0", "evaluate:0", "finish:0"]
+    assert phases(raw, run_dir.root)[: 3 + len(own)] == ["prepare", "import", "evaluate:sft", *own]
+    plan = plan_of(from_dict(raw), run_dir.root)
+    for step in plan.steps("evaluate:0"):
+        run_dir.mark_done(step.phase, seconds=1.0)
+    finish(plan, "finish:0")
+    assert run_dir.target(iteration=0).done.exists()
+
+
 def test_no_evaluation_without_held_out_data(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["evaluation"] = {}
     assert not any(phase.startswith("evaluate") for phase in phases(raw, tmp_path / "run"))

@@ -20,6 +20,10 @@ ROWS = {
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "more"}]},
         {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]},
     ],
+    "prompt/chosen/rejected": [
+        {"prompt": "a", "chosen": "b", "rejected": "x"},
+        {"prompt": "c", "chosen": "d", "rejected": "e"},
+    ],
 }
 
 
@@ -35,8 +39,38 @@ def test_formats(tmp_path, name, suffix):
         datasets.Dataset.from_list(ROWS[name]).to_parquet(str(path))
     samples = read_samples(path)
     assert (samples.read, samples.dropped, samples.format) == (2, {}, name)
-    second = {"instruction/input/output": Sample(1, "c\n\nx", "d"), "messages": Sample(1, "c", "d", "s")}.get(name, Sample(1, "c", "d"))
-    assert samples.rows == [Sample(0, "a", "b"), second]
+    second = {
+        "instruction/input/output": Sample(1, "c\n\nx", "d"),
+        "messages": Sample(1, "c", "d", "s"),
+        "prompt/chosen/rejected": Sample(1, "c", "d", None, "e"),
+    }.get(name, Sample(1, "c", "d"))
+    assert samples.rows == [Sample(0, "a", "b", None, "x" if name == "prompt/chosen/rejected" else None), second]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_preferences_as_conversations(tmp_path, suffix):
+    """UltraFeedback's shape: the conversation so far in both columns, the answer last; ``messages`` beside them repeats the chosen one."""
+
+    def talk(*contents):
+        return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+    rows = [
+        {"prompt": "a", "chosen": talk("a", "b"), "rejected": talk("a", "c"), "messages": talk("a", "b")},
+        {"prompt": "a", "chosen": talk("a", "b", "more", "d"), "rejected": talk("a", "b", "more", "e"), "messages": talk("a", "b")},
+        {"prompt": "a", "chosen": talk("a", "b"), "rejected": talk("a"), "messages": talk("a", "b")},
+        {"prompt": "f", "chosen": [{"role": "system", "content": "s"}, *talk("f", "g")], "rejected": talk("f", "h"), "messages": talk("f", "g")},
+    ]
+    path = tmp_path / f"d.{suffix}"
+    write_jsonl(path, rows) if suffix == "jsonl" else datasets.Dataset.from_list(rows).to_parquet(str(path))
+    samples = read_samples(path, preferences=True)
+    assert samples.rows == [Sample(0, "a", "b", None, "c"), Sample(3, "f", "g", "s", "h")]
+    assert samples.dropped == {"several_turns": 1, "empty_answer": 1}
+    assert read_samples(path).format == "messages"
+
+
+def test_preferences_without_a_rejected_answer(tmp_path):
+    with pytest.raises(DataError, match=r"has no column chosen: training\.objective=dpo needs prompt, chosen and rejected"):
+        read_samples(write_jsonl(tmp_path / "d.jsonl", ROWS["prompt/response"]), preferences=True)
 
 
 def test_json_lines_under_the_name_json_and_text_beyond_ascii(tmp_path):
@@ -66,6 +100,7 @@ def test_empty_ones_are_dropped_and_counted(tmp_path):
         ('{"messages": "a"}\n', r"line 1: messages is text, not a list"),
         ('{"messages": [{"role": "user"}]}\n{"messages": [{"role": "user", "content": 5}]}\n', r"line 2: messages holds an object without"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}\n', r"line 1: a message of role 'assistant' stands where"),
+        ('{"prompt": "a", "chosen": "b", "rejected": 5}\n', r"line 1: rejected is a number, neither text nor messages"),
         ("", "holds no rows"),
         ("\n\n", "holds no rows"),
     ],
