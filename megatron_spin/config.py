@@ -145,6 +145,12 @@ class SpinConfig:
     """The pairwise loss, convex and decreasing (Assumption 5.1)."""
     beta: PerIteration[float] = 0.1
     """The paper's lambda, DPO's beta: weight of the log-ratio margin."""
+    sft_weight: PerIteration[float] = 0.0
+    """Adds this times the real answer's negative log-likelihood, nats a token, to the loss of its pair (also DPO's); 0 leaves it out.
+
+    The mean over tokens, not the sum: a long answer's sum is hundreds of nats, beside which a pair's loss of ln 2 would vanish, and the
+    weight would mean another thing for each length.
+    """
     reuse_previous: bool = True
     """From iteration 1 on, add the previous iteration's generations, scored again under the new opponent."""
 
@@ -391,6 +397,9 @@ def _check(config: Config) -> None:
         for item in value if isinstance(value, list) else [value]:
             if item is not None and item <= 0:
                 raise ConfigError(f"{key}={item} must be greater than 0")
+    for item in spin.sft_weight if isinstance(spin.sft_weight, list) else [spin.sft_weight]:
+        if item < 0:
+            raise ConfigError(f"spin.sft_weight={item} must not be negative: 0 leaves the likelihood term out")
     for item in generation.temperature if isinstance(generation.temperature, list) else [generation.temperature]:
         if item <= 0:
             raise ConfigError(f"generation.temperature={item} must be greater than 0: self-play samples the opponent, 1.0 is the method's")

@@ -56,6 +56,16 @@ def spin_loss(logps: PairLogps, *, beta: float, loss: str) -> Tensor:
     return LOSSES[loss](logps.margin(beta))
 
 
+def likelihood_term(policy_real: Tensor, tokens: Tensor, *, weight: float) -> Tensor:
+    """``weight * (-log p_theta(y|x)) / |y|``, [b]: what ``spin.sft_weight`` adds to each pair.
+
+    Args:
+        policy_real: summed log-probs of the real answers, in nats, [b].
+        tokens: their numbers of tokens, [b].
+    """
+    return -weight * policy_real / tokens
+
+
 def loss_at_zero(loss: str) -> float:
     """loss(0): what every pair costs while the policy still is the opponent (ln 2 for logistic, 1 for the others)."""
     return math.log(2) if loss == "logistic" else 1.0

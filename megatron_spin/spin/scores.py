@@ -113,18 +113,23 @@ class OpponentGate:
     """Nats by which a fresh score may differ from a cached one."""
     difference: float
     """Nats by which it did differ, at most."""
+    real_nll: float
+    """Mean over the first batch's pairs of the real answer's negative log-likelihood, nats a token."""
 
-    def check_first_loss(self, value: float, *, beta: float, loss: str) -> None:
+    def check_first_loss(self, value: float, *, beta: float, loss: str, sft_weight: float = 0.0) -> None:
         """The first batch's loss must be loss(0), within beta times the noise of the two answers of a pair.
+
+        With ``sft_weight`` it must be that much of :attr:`real_nll` more, within the same noise of the real answers.
 
         Raises:
             GateError: it is not.
         """
-        expected = loss_at_zero(loss)
-        allowed = 2 * beta * self.tolerance + 1e-6 * expected
+        expected = loss_at_zero(loss) + sft_weight * self.real_nll
+        allowed = (2 * beta + sft_weight) * self.tolerance + 1e-6 * expected
         if not abs(value - expected) <= allowed:
+            likelihood = f" + {sft_weight:g} * {self.real_nll:.7f}" if sft_weight else ""
             raise GateError(
-                f"the first loss is {value:.7f}, not {loss}(0) = {expected:.7f} within {allowed:.1e}: "
+                f"the first loss is {value:.7f}, not {loss}(0){likelihood} = {expected:.7f} within {allowed:.1e}: "
                 "scoring and training do not compute the same function; nothing was trained"
             )
 
@@ -154,4 +159,5 @@ def check_scores(
             f"opponent, gives {fresh[worst]:.6f}; allowed difference {tolerance:.1e} nats: delete pairs/scores.* and run again, "
             "or find what changed the weights"
         )
-    return OpponentGate(tolerance, float(difference.max()))
+    lengths = np.array([len(examples[i].responses[0]) for i in batch])
+    return OpponentGate(tolerance, float(difference.max()), float(np.mean(-fresh[:, 0].astype(np.float64) / lengths)))

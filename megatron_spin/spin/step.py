@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_spin.data.batches import Microbatch
-from megatron_spin.spin.losses import PairLogps, spin_loss
+from megatron_spin.spin.losses import PairLogps, likelihood_term, spin_loss
 
 LossResult = tuple[Tensor, Tensor, dict[str, Tensor]]
 ForwardStep = Callable[[Iterator[Microbatch], torch.nn.Module], tuple[Tensor, Callable[..., object]]]
@@ -36,8 +36,10 @@ def _step(loss_func: Callable[..., object]) -> ForwardStep:
     return forward_step
 
 
-def spin_forward_step(*, beta: float, loss: str) -> ForwardStep:
+def spin_forward_step(*, beta: float, loss: str, sft_weight: float = 0.0) -> ForwardStep:
     """The forward step of the SPIN loss for any model with GPTModel's forward signature.
+
+    ``sft_weight`` adds that much of the real answer's negative log-likelihood a token to each pair's loss; at 0 nothing is computed.
 
     The reported values are sums over pairs: ``loss``, ``margin`` (t), ``accuracy`` (t > 0), ``real_logps``, ``generated_logps`` (nats an
     answer), ``real_reward`` and ``generated_reward`` (beta times the log-ratio to the opponent).
@@ -49,6 +51,9 @@ def spin_forward_step(*, beta: float, loss: str) -> ForwardStep:
         real, generated = response_logps(token_losses, batch.response_mask).chunk(2)
         logps = PairLogps(real, generated, *batch.opponent_logps.chunk(2))
         losses = spin_loss(logps, beta=beta, loss=loss)
+        if sft_weight:
+            tokens = batch.response_mask.chunk(2)[0].sum(dim=1)
+            losses = losses + likelihood_term(real, tokens, weight=sft_weight)
         real_reward, generated_reward = logps.rewards(beta)
         margin = real_reward - generated_reward
         named = {

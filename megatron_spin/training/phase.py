@@ -194,7 +194,8 @@ def _score(
     else:
         say(f"opponent scores of {len(scores)} pairs from {cache.file}")
     beta, loss = at_iteration(config.spin.beta, target.iteration), config.spin.loss
-    trainer.scores, trainer.forward_step = scores, spin_forward_step(beta=beta, loss=loss)
+    sft_weight = at_iteration(config.spin.sft_weight, target.iteration)
+    trainer.scores, trainer.forward_step = scores, spin_forward_step(beta=beta, loss=loss, sft_weight=sft_weight)
     if resumed:
         return None
     if not same:
@@ -202,7 +203,7 @@ def _score(
         return None
     gate = check_scores(scores, trainer.model, trainer.examples, trainer.sampler.batch(0), shape=trainer.shape, dims=dims)
     say(f"opponent scores agree with the policy at step 0 within {gate.difference:.1e} nats (allowed {gate.tolerance:.1e})")
-    return functools.partial(gate.check_first_loss, beta=beta, loss=loss)
+    return functools.partial(gate.check_first_loss, beta=beta, loss=loss, sft_weight=sft_weight)
 
 
 def _numerics(config: Config, trainer: Trainer) -> dict[str, Any]:

@@ -85,6 +85,50 @@ def test_one_step_equals_an_independent_implementation(world, models, pairs, sco
     assert max(worst.values()) < 1e-5, worst
 
 
+def test_the_likelihood_term_adds_the_real_answers_mean_over_tokens(world, models, pairs, scores):
+    """At weight 0 the very bits of the plain loss; else its value and gradient plus those of the mean over tokens, by transformers."""
+    hf, weight, batch = models["llama_tied"], 0.7, BatchSampler(len(pairs), 8, 0).batch(0)
+    plain, zero, weighted = (
+        world(1).run(first_gradients, tiny_config(hf, spin=spin), pairs, scores)[0] for spin in ({}, {"sft_weight": 0.0}, {"sft_weight": weight})
+    )
+    assert zero[0] == plain[0] and all(np.array_equal(zero[1][name], plain[1][name]) for name in plain[1])
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    total = torch.zeros(())
+    for prompt, real, _ in (pairs[i] for i in batch):
+        logits = model(torch.tensor([prompt + real])).logits[0, len(prompt) - 1 : -1]
+        total = total + weight * torch.nn.functional.cross_entropy(logits, torch.tensor(real)) / len(batch)
+    total.backward()
+    assert weighted[0]["loss"] == pytest.approx(plain[0]["loss"] + total.item(), rel=1e-6)
+    expected = {name: plain[1][name] + parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    worst = {name: close(weighted[1][name], expected[name]) for name in expected}
+    assert max(worst.values()) < 1e-5, worst
+
+
+def first_loss_errors(values: list[tuple[float, float]]) -> list[str]:
+    """What the gate says of (first loss, weight) where real answers cost 2 nats a token and scores agree within 1e-5 nats; empty if it passes."""
+    from megatron_spin.parallel.setup import choose_device
+
+    choose_device("cpu")
+    from megatron_spin.errors import GateError
+    from megatron_spin.spin.scores import OpponentGate
+
+    gate, errors = OpponentGate(1e-5, 0.0, real_nll=2.0), []
+    for value, weight in values:
+        try:
+            gate.check_first_loss(value, beta=0.1, loss="logistic", sft_weight=weight)
+            errors.append("")
+        except GateError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_the_first_loss_gate_counts_the_likelihood_term(world):
+    cases = [(float(np.log(2)) + extra, weight) for extra, weight in ((0, 0), (1, 0.5), (1.001, 0.5), (1, 0))]
+    [errors] = world(1).run(first_loss_errors, cases)
+    assert errors[:2] == ["", ""]
+    assert "not logistic(0) + 0.5 * 2.0000000 = 1.6931472 within" in errors[2] and "not logistic(0) = 0.6931472 within" in errors[3]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_layouts_equal_one_process(world, models, pairs, scores, name, layout):

@@ -47,14 +47,18 @@ def test_spin_then_dpo(tmp_path: Path) -> None:
     driver(tmp_path, "spin", {**shared, "model": {"hf": "model"}, "data": {"path": "sft.jsonl", **data}, "training": training})
 
     dpo = {**shared, "model": {"hf": "spin/iteration_0/hf"}, "data": {"path": "pairs.jsonl", **data}}
-    dpo |= {"training": {**training, "objective": "dpo"}, "evaluation": {"path": "pairs.jsonl", "num_prompts": 4}}
+    dpo |= {
+        "spin": {"beta": 0.3, "sft_weight": 0.1},
+        "training": {**training, "objective": "dpo"},
+        "evaluation": {"path": "pairs.jsonl", "num_prompts": 4},
+    }
     plan = driver(tmp_path, "dpo", dpo, "--dry-run").stdout
     assert "generate" not in plan and not (tmp_path / "dpo").exists()
     driver(tmp_path, "dpo", dpo)
     run = tmp_path / "dpo"
     assert list(read_json(run / "state.json")["phases"]) == ["prepare", "import", "evaluate:sft", "train:0", "export:0", "evaluate:0", "finish:0"]
     first, second = metrics(run / "iteration_0/metrics.jsonl")
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and second["loss"] != first["loss"]
+    assert first["margin"] == pytest.approx(0, abs=1e-5) and first["loss"] > math.log(2) + 0.1 and second["loss"] != first["loss"]
     opponent = read_json(run / "iteration_0/pairs/manifest.json")["opponent"]
     assert opponent == read_json(tmp_path / "spin/state.json")["phases"]["export:0"]["identity"]
     assert (run / "iteration_0/DONE").exists() and (run / "iteration_0/pairs/scores.safetensors").exists()

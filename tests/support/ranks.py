@@ -54,7 +54,8 @@ def make_trainer(config: Config, pairs: list[Any], scores: np.ndarray | None, *,
     model, optimizer = wrap_and_optimize(build_model(config, dims), config, dims=dims, learning_rate=peak)
     load_hf(model, Path(config.model.hf), dims)
     optimizer.reload_model_params()
-    step = sft_forward_step() if sft else spin_forward_step(beta=at_iteration(config.spin.beta, 0), loss=config.spin.loss)
+    spin = {"beta": at_iteration(config.spin.beta, 0), "loss": config.spin.loss, "sft_weight": at_iteration(config.spin.sft_weight, 0)}
+    step = sft_forward_step() if sft else spin_forward_step(**spin)
     sampler = BatchSampler(len(examples), training.global_batch_size, training.seed)
     schedule = Schedule(steps, peak, training.schedule, training.warmup_fraction)
     return Trainer(model, optimizer, step, examples, scores, sampler, shape, schedule, dims)

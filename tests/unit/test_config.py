@@ -87,6 +87,7 @@ def test_wrong_types_name_the_key_and_the_value(sections, message) -> None:
     [
         ({"training": {"learning_rate": [1e-4, 0]}}, "training.learning_rate=0.0 must be greater than 0"),
         ({"spin": {"beta": -0.1}}, "spin.beta=-0.1 must be greater than 0"),
+        ({"spin": {"sft_weight": [0, -1]}}, "spin.sft_weight=-1.0 must not be negative"),
         ({"generation": {"temperature": 0}}, "generation.temperature=0.0 must be greater than 0"),
         ({"generation": {"max_new_tokens": 0}}, "generation.max_new_tokens=0"),
         ({"training": {"warmup_fraction": 1.5}}, "training.warmup_fraction=1.5 must lie between 0 and 1"),

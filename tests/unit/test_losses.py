@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_spin.spin.losses import LOSSES, PairLogps, loss_at_zero, spin_loss
+from megatron_spin.spin.losses import LOSSES, PairLogps, likelihood_term, loss_at_zero, spin_loss
 
 CLOSED_FORM = {
     "logistic": (lambda t: math.log1p(math.exp(-abs(t))) + max(-t, 0), lambda t: -1 / (1 + math.exp(t))),
@@ -36,6 +36,15 @@ def test_loss_and_gradient(name, a, b, c, d, beta):
     signs = {"policy_real": 1, "policy_generated": -1, "opponent_real": -1, "opponent_generated": 1}
     for field, sign in signs.items():
         assert getattr(logps, field).grad.item() == pytest.approx(sign * beta * slope, rel=1e-9, abs=1e-12)
+
+
+@given(logp=LOGPS, tokens=st.integers(1, 50), weight=st.floats(0.01, 2))
+def test_likelihood_term(logp, tokens, weight):
+    real = torch.tensor([logp], dtype=torch.float64, requires_grad=True)
+    term = likelihood_term(real, torch.tensor([tokens]), weight=weight)
+    term.sum().backward()
+    assert term.item() == pytest.approx(-weight * logp / tokens, rel=1e-12)
+    assert real.grad.item() == pytest.approx(-weight / tokens, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
