@@ -86,6 +86,8 @@ class DataConfig:
     """Tokens of prompt and answer together; longer answers are cut (and lose their end token)."""
     max_prompt_length: int | None = None
     """Longer prompts are dropped and counted; null: half of ``max_length``."""
+    max_answer_length: int | None = None
+    """Rows with longer answers, the end token counted, are dropped and counted; null: such answers are cut, and lose their end token."""
     seed: int = 0
     """Seed of the draw and of the order of rows."""
 
@@ -390,7 +392,7 @@ def _check(config: Config) -> None:
         **{f"training.{name}": getattr(training, name) for name in ("epochs", "steps", "learning_rate")},
         **{f"spin.{name}": getattr(spin, name) for name in ("iterations", "beta")},
         **{f"generation.{name}": getattr(generation, name) for name in ("max_new_tokens", "samples", "shard_size", "batch_size", "top_p")},
-        **{f"data.{name}": getattr(data, name) for name in ("max_length", "num_prompts", "max_prompt_length")},
+        **{f"data.{name}": getattr(data, name) for name in ("max_length", "num_prompts", "max_prompt_length", "max_answer_length")},
         **{f"evaluation.{name}": getattr(config.evaluation, name) for name in ("num_prompts", "samples", "batch_size")},
     }
     for key, value in positive.items():

@@ -26,7 +26,8 @@ DROPPED = {
     "empty_prompt": "prompt is empty",
     "empty_answer": "answer is empty",
     "several_turns": "conversation has more than one turn",
-    "long_prompt": "prompt longer than {limit} tokens (data.max_prompt_length)",
+    "long_prompt": "prompt longer than {prompt_limit} tokens (data.max_prompt_length)",
+    "long_answer": "answer longer than {max_answer_length} tokens (data.max_answer_length)",
     "end_inside": "answer has the end token inside",
 }
 """Reasons for leaving a row out, and how they are told."""
@@ -158,7 +159,7 @@ def describe(manifest: dict[str, Any], config: Config) -> str:
 
 
 def _reason(reason: str, config: Config) -> str:
-    return DROPPED[reason].format(limit=config.data.prompt_limit)
+    return DROPPED[reason].format(prompt_limit=config.data.prompt_limit, max_answer_length=config.data.max_answer_length)
 
 
 def _limits(config: Config, hf: Path) -> "tuple[PreTrainedTokenizerBase, Limits]":
@@ -257,6 +258,8 @@ def _row(sample: Sample, text: str, tokenizer: "PreTrainedTokenizerBase", data: 
         return "empty_prompt"
     if ends_inside(answer, limits.end):
         return "end_inside"
+    if data.max_answer_length is not None and len(answer) > data.max_answer_length:
+        return "long_answer"
     highest = max(max(prompt), max(answer))
     if highest >= limits.vocabulary:
         raise DataError(

@@ -75,6 +75,17 @@ def test_files_for_their_likelihood_alone(model, tmp_path):
         prepare(from_dict(config))
 
 
+def test_rows_with_long_answers_are_dropped_rather_than_cut(model, tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", sft_rows(30))
+    every = prepare(from_dict(raw(model, path)))
+    short = prepare(from_dict(raw(model, path, max_answer_length=6)))
+    capped, dropped = every.manifest["counts"]["capped"], short.manifest["counts"]["dropped"]
+    assert dropped == {"long_answer": capped} and capped > 0 and short.manifest["counts"]["capped"] == 0
+    assert all(row.real_ids[-1] == EOS_ID for row in short.train + short.evaluation)
+    with pytest.raises(DataError, match="30 answer longer than 1 tokens"):
+        prepare(from_dict(raw(model, path, max_answer_length=1)))
+
+
 def test_draw_is_by_seed_and_nested(model, tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", sft_rows(40))
     few, more, other = (prepare(from_dict(raw(model, path, num_prompts=n, seed=s))).train for n, s in ((5, 0), (10, 0), (10, 1)))
