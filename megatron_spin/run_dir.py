@@ -11,6 +11,8 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -54,6 +56,12 @@ def read_json(path: Path) -> Any:
         raise RunDirError(f"{path} is missing: an earlier phase has not run; run tools/spin.sh, which runs all of them in order") from None
     except json.JSONDecodeError as error:
         raise RunDirError(f"{path} is not JSON ({error}): delete it and run the phase again") from None
+
+
+def peak_memory() -> float:
+    """Largest resident memory so far of this process or of one that it has waited for (vLLM's), in GiB; a GPU's own is not in it."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 2**30
 
 
 def sha256(path: Path) -> str:
@@ -176,11 +184,16 @@ class RunDir:
         return self.state.exists() and phase in read_json(self.state)["phases"]
 
     def mark_done(self, phase: str, *, seconds: float, **details: Any) -> None:
-        """Records that ``phase`` has finished; the last thing a phase does. ``seconds`` of wall time and ``details`` (plain data) are kept."""
+        """Records that ``phase`` has finished, and the memory it took; the last thing a phase does.
+
+        ``seconds`` of wall time and ``details`` (plain data) are kept. ``peak_memory_gib`` is that of the largest process seen from the calling
+        one: with several ranks, of rank 0.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.root / ".state.lock", "w") as lock:  # two tools run by hand must not lose each other's entry
             fcntl.flock(lock, fcntl.LOCK_EX)
             state = read_json(self.state) if self.state.exists() else {"phases": {}}
             finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            state["phases"][phase] = {"finished": finished, "seconds": round(seconds, 3), **details}
+            measured = {"finished": finished, "seconds": round(seconds, 3), "peak_memory_gib": round(peak_memory(), 3)}
+            state["phases"][phase] = {**measured, **details}
             write_json(self.state, state)

@@ -67,6 +67,8 @@ def evaluate(config: Config, run_dir: RunDir, player: Player) -> dict[str, Any]:
             shown = {"index": row.index, "prompt": decode(row.prompt_ids), "real": real[i].text}
             shown |= {"greedy": greedy_answers[i].text, "sampled": sampled_answers[i][0].text}
             shown |= {"opponent": decode(played[i].token_ids)} if played else {}
+            answers = {"real": real[i], "greedy": greedy_answers[i], "sampled": sampled_answers[i][0]}
+            shown["cut"] = [name for name, answer in answers.items() if answer.truncated]
             file.write(json.dumps(shown, ensure_ascii=False) + "\n")
     result["seconds"] = round(time.perf_counter() - started, 3)
     write_json(player.target.eval, result)

@@ -34,6 +34,8 @@ class Phase:
     name: str
     seconds: float
     count: int = 1
+    memory: float | None = None
+    """Largest resident memory of a process that it saw, in GiB; None where it was not recorded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +64,15 @@ class Results:
 
     def by_kind(self) -> list[Phase]:
         """The phases summed by kind (``generate``, ``train`` ...), the slowest first; the baselines' count as kinds of their own."""
-        sums: dict[str, list[float]] = collections.defaultdict(list)
+        kinds: dict[str, list[Phase]] = collections.defaultdict(list)
         for phase in self.phases:
             kind, _, label = phase.name.partition(":")
-            sums[f"{kind}, baselines" if label in self.config.baselines else kind].append(phase.seconds)
-        kinds = [Phase(kind, sum(seconds), len(seconds)) for kind, seconds in sums.items()]
-        return sorted(kinds, key=lambda phase: -phase.seconds)
+            kinds[f"{kind}, baselines" if label in self.config.baselines else kind].append(phase)
+        sums = [
+            Phase(kind, sum(phase.seconds for phase in phases), len(phases), max((phase.memory for phase in phases if phase.memory), default=None))
+            for kind, phases in kinds.items()
+        ]
+        return sorted(sums, key=lambda phase: -phase.seconds)
 
 
 def read_results(root: Path) -> Results:
@@ -81,8 +86,7 @@ def read_results(root: Path) -> Results:
         raise RunDirError(f"{root} is not a run directory (it has no config.yaml): give the --run-dir of a run, for example runs/NAME")
     config = load_config(run_dir.config)
     phases = read_json(run_dir.state)["phases"] if run_dir.state.exists() else {}
-    steps = {name.partition(":")[2]: phase["steps"] for name, phase in phases.items() if "steps" in phase}
-    evaluated = _evaluated(config, run_dir, steps)
+    evaluated = [Evaluated(name, target.iteration, read_json(target.eval)) for name, target in players(config, run_dir) if target.eval.exists()]
     curves = [_read_metrics(run_dir.target(iteration=t).metrics) for t in range(config.iterations)]
     curves = [curve for curve in curves if curve]
     if not evaluated and not curves:
@@ -93,22 +97,29 @@ def read_results(root: Path) -> Results:
         config=config,
         evaluated=evaluated,
         curves=curves,
-        phases=[Phase(name, float(phase["seconds"])) for name, phase in phases.items()],
+        phases=[Phase(name, float(phase["seconds"]), memory=phase.get("peak_memory_gib")) for name, phase in phases.items()],
         data_patterns=patterns,
         prompts=prompts,
         finished=max((phase["finished"] for phase in phases.values()), default=""),
     )
 
 
-def _evaluated(config: Config, run_dir: RunDir, steps: dict[str, int]) -> list[Evaluated]:
+def players(config: Config, run_dir: RunDir) -> list[tuple[str, Target]]:
+    """Name and place of each model of the comparison, measured or not: the model as it came, continued SFT, then the iterations."""
+    phases = read_json(run_dir.state)["phases"] if run_dir.state.exists() else {}
+    steps = {name.partition(":")[2]: phase["steps"] for name, phase in phases.items() if "steps" in phase}
     method = config.training.objective
+    baselines = config.baselines if method != "sft" else {}
+    continued = {name: f"SFT +{steps[name]} steps" if name in steps else name for name in baselines}
+    times = collections.Counter(continued.values())
+    for name, baseline in baselines.items():
+        # As many steps at another rate is another model.
+        if times[continued[name]] > 1 and baseline.learning_rate is not None:
+            continued[name] += f", lr {baseline.learning_rate:g}"
     # DPO may start from any model, a SPIN export for example.
-    players: list[tuple[str, Target]] = [({"spin": "SFT", "dpo": "start", "sft": "untrained"}[method], run_dir.target(baseline="sft"))]
-    for name in config.baselines if method != "sft" else ():
-        label = f"SFT +{steps[name]} steps" if name in steps else name
-        players.append((label, run_dir.target(baseline=name)))
-    players += [("DPO" if method == "dpo" else f"{method.upper()} {t}", run_dir.target(iteration=t)) for t in range(config.iterations)]
-    return [Evaluated(name, target.iteration, read_json(target.eval)) for name, target in players if target.eval.exists()]
+    targets = [({"spin": "SFT", "dpo": "start", "sft": "untrained"}[method], run_dir.target(baseline="sft"))]
+    targets += [(label, run_dir.target(baseline=name)) for name, label in continued.items()]
+    return targets + [("DPO" if method == "dpo" else f"{method.upper()} {t}", run_dir.target(iteration=t)) for t in range(config.iterations)]
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

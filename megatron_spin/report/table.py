@@ -95,10 +95,16 @@ def _data_rows(results: Results, columns: Sequence[Column], patterns: Sequence[s
 
 
 def times(results: Results) -> Table:
-    """Where the time went, by kind of phase."""
+    """Where the time went, by kind of phase, and how much memory the largest process of each took (the GPU's own not counted)."""
     total = results.seconds or 1.0
-    rows = [[phase.name, str(phase.count), f"{phase.seconds:.1f}", f"{phase.seconds / total:.0%}"] for phase in results.by_kind()]
-    return Table(["phase", "times", "seconds", "share"], [*rows, ["all", "", f"{results.seconds:.1f}", ""]], [])
+    kinds = results.by_kind()
+    rows = [[phase.name, str(phase.count), f"{phase.seconds:.1f}", f"{phase.seconds / total:.0%}", _gib(phase.memory)] for phase in kinds]
+    largest = max((phase.memory for phase in kinds if phase.memory is not None), default=None)
+    return Table(["phase", "times", "seconds", "share", "peak GiB"], [*rows, ["all", "", f"{results.seconds:.1f}", "", _gib(largest)]], [])
+
+
+def _gib(memory: float | None) -> str:
+    return DASH if memory is None else f"{memory:.1f}"
 
 
 def markdown(table: Table) -> str:
@@ -117,17 +123,19 @@ def report_markdown(results: Results, *, picture: Path) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def print_report(results: Results, *, picture: Path, text: Path) -> None:
+def print_report(results: Results, *, picture: Path, text: Path, samples: Path | None = None) -> None:
     """The comparison, the times and where more is to be seen, on the terminal."""
     from rich.console import Console
 
     console = Console()
     if results.evaluated:
         _print(console, comparison(results, narrow=True), title=results.config.name)
-    _print(console, times(results), title="where the time went")
+    _print(console, times(results), title=f"where the time went: {results.seconds / 60:.1f} minutes")
     console.print(f"tensorboard  tensorboard --logdir {results.root}", soft_wrap=True, highlight=False)
     console.print(f"plot         {picture}", soft_wrap=True, highlight=False)
     console.print(f"report       {text}", soft_wrap=True, highlight=False)
+    if samples is not None:
+        console.print(f"samples      {samples}", soft_wrap=True, highlight=False)
 
 
 def _print(console: Any, table: Table, *, title: str) -> None:

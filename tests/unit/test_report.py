@@ -1,5 +1,6 @@
 """The report of a run, finished or not: the numbers of its files in table, Markdown, picture and README."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,11 +14,11 @@ from megatron_spin.data.prepared import Row, save_rows
 from megatron_spin.errors import RunDirError
 from megatron_spin.report.plot import plot
 from megatron_spin.report.readme import machine_name, markers, replace_block, run_block
-from megatron_spin.report.results import read_results
+from megatron_spin.report.results import players, read_results
 from megatron_spin.report.table import comparison, markdown, report_markdown, times
-from megatron_spin.run_dir import RunDir, write_json
+from megatron_spin.run_dir import RunDir, read_json, write_json
 from tests.support.runs import REPOSITORY, environment
-from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_tokenizer, write_jsonl
 
 BEGIN, END = markers("run")
 
@@ -42,6 +43,12 @@ def evaluation(*, matched: float, careless: float, opponent: float | None) -> di
         "patterns": {"careless": {"sampled": careless, "real": 0.0}},
         "samples": 3,
     }
+
+
+def sample(index: int, label: str) -> dict[str, Any]:
+    """A line of samples.jsonl: what the model ``label`` answered to prompt ``index``."""
+    answers = {"greedy": f"greedy of {label}", "sampled": f"sampled of {label}\n#### {index}"}
+    return {"index": index, "prompt": f"question {index}", "real": f"real {index}", **answers, "cut": ["sampled"] if label == "sft" else []}
 
 
 def metrics(path: Path, *, start: float) -> None:
@@ -102,12 +109,18 @@ def run(tmp_path: Path) -> RunDir:
     for (kind, name), (matched, careless, opponent) in measured.items():
         target = run_dir.target(**{kind: name})
         write_json(target.eval, evaluation(matched=matched, careless=careless, opponent=opponent))
+        write_jsonl(target.directory / "samples.jsonl", [sample(index, target.label) for index in (7, 3, 5)])
     for iteration in (0, 1):
         metrics(run_dir.target(iteration=iteration).metrics, start=0.69)
     run_dir.mark_done("prepare", seconds=1.0)
     for label, steps in (("0", 8), ("1", 8), ("sft_continued", 16), ("sft_continued_2x", 32)):
         run_dir.mark_done(f"train:{label}", seconds=10.0, steps=steps, examples=4)
     run_dir.mark_done("evaluate:0", seconds=5.0)
+    state = read_json(run_dir.state)  # what each took is this process's own; a number that a test can name
+    for phase, memory in (("train:0", 1.5), ("train:1", 2.5)):
+        state["phases"][phase]["peak_memory_gib"] = memory
+    del state["phases"]["prepare"]["peak_memory_gib"]  # as written before it was recorded
+    write_json(run_dir.state, state)
     return run_dir
 
 
@@ -141,8 +154,26 @@ def test_numbers_that_do_not_apply_are_dashes(run) -> None:
 
 def test_times_are_summed_by_kind(run) -> None:
     rows = {row[0]: row[1:] for row in times(read_results(run.root)).rows}
-    assert rows["train"] == ["2", "20.0", "43%"] and rows["train, baselines"] == ["2", "20.0", "43%"]
-    assert rows["all"] == ["", "46.0", ""]
+    assert rows["train"] == ["2", "20.0", "43%", "2.5"] and rows["train, baselines"][:3] == ["2", "20.0", "43%"]
+    assert rows["prepare"] == ["1", "1.0", "2%", "–"]  # noqa: RUF001
+    assert rows["all"][:3] == ["", "46.0", ""] and float(rows["all"][3]) >= 2.5
+
+
+def test_as_many_steps_at_another_rate_has_another_name(run, tmp_path) -> None:
+    baselines = {"plain": {}, "high": {"learning_rate": 1e-4}, "low": {"learning_rate": 1e-6}, "long": {"learning_rate": 1e-4}}
+    raw = dataclasses.asdict(config_of(tmp_path))
+    for label, steps in (("plain", 24), ("high", 24), ("low", 24), ("long", 48)):
+        run.mark_done(f"train:{label}", seconds=1.0, steps=steps, examples=4)
+    names = [name for name, _ in players(from_dict({**raw, "baselines": baselines}), run)]
+    assert names == ["SFT", "SFT +24 steps", "SFT +24 steps, lr 0.0001", "SFT +24 steps, lr 1e-06", "SFT +48 steps", "SPIN 0", "SPIN 1"]
+
+
+def test_memory_is_recorded_in_gib(tmp_path) -> None:
+    """Of a child that has ended, too: vLLM's process is the largest of a generation."""
+    script = "import json, sys; from pathlib import Path; from megatron_spin.run_dir import RunDir; run = RunDir(Path(sys.argv[1])); "
+    script += "import subprocess; subprocess.run([sys.executable, '-c', 'x = bytearray(300 * 2**20); x[::4096] = b\"1\" * len(x[::4096])']); "
+    subprocess.run([sys.executable, "-c", script + "run.mark_done('a', seconds=1)", str(tmp_path)], check=True, env=environment(), timeout=60)
+    assert 0.3 < read_json(tmp_path / "state.json")["phases"]["a"]["peak_memory_gib"] < 0.5
 
 
 def test_markdown_is_a_table(run) -> None:
@@ -211,6 +242,11 @@ def test_the_tool_fits_a_terminal_and_updates_a_readme(run, tmp_path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert "…" not in shown.stdout and "SPIN 1" in shown.stdout and "tensorboard --logdir" in shown.stdout
     assert (run.root / "report.png").stat().st_size < 150_000 and "SPIN 1" in (run.root / "report.md").read_text()
+    assert "samples.md" in shown.stdout and (run.root / "samples.md").read_text().count("## Prompt") == 3
+    greedy = tool("report.py", run.root, "--samples", 1, "--greedy")
+    assert greedy.returncode == 0 and (run.root / "samples.md").read_text().count("greedy of 1") == 1
+    negative = tool("report.py", run.root, "--samples", -1)
+    assert negative.returncode == 2 and negative.stderr.count("\n") == 1 and "--samples -1 must be at least 0" in negative.stderr
 
     readme, picture = tmp_path / "README.md", tmp_path / "docs/run.png"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
