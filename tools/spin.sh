@@ -138,6 +138,7 @@ run_phase() { # PROCESSES COMMAND...
   for reader in "${readers[@]}"; do wait "$reader" || true; done
 }
 
+# shellcheck disable=SC2329  # traps call it
 stop() { # SIGNAL STATUS
   trap '' INT TERM
   printf '\nstopping %s ...\n' "$phase" >&2
@@ -217,4 +218,5 @@ main() {
   printf '%s: all of the plan%s is done; report: %q tools/report.py %q\n' "$run_dir" "${until:+ up to $until}" "$python" "$run_dir"
 }
 
-main "$@"
+# In one line: bash reads a script as it runs it, and an update of this file must not change a run that is under way.
+main "$@"; exit

@@ -48,7 +48,7 @@ TP = st.integers(1, 8)
 SMALL = st.integers(1, 5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(tp_size=TP, rows=SMALL, columns=SMALL, bias=st.booleans())
 def test_column_row_and_gate_up_are_inverse(tp_size: int, rows: int, columns: int, bias: bool) -> None:
     sizes = geometry()
@@ -60,7 +60,7 @@ def test_column_row_and_gate_up_are_inverse(tp_size: int, rows: int, columns: in
     assert_inverse(Direct(("n",)), [numbered(rows)], tp_size=tp_size, local=(rows,), sizes=sizes)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(tp_size=TP, per_group=SMALL, groups=st.integers(1, 8), head_dim=SMALL, hidden=SMALL, bias=st.booleans())
 def test_query_key_value_is_inverse_even_with_fewer_groups_than_ranks(
     tp_size: int, per_group: int, groups: int, head_dim: int, hidden: int, bias: bool
@@ -75,7 +75,7 @@ def test_query_key_value_is_inverse_even_with_fewer_groups_than_ranks(
     assert_inverse(QueryKeyValue(("q", "k", "v")), [query, key, value], tp_size=tp_size, local=(rows // tp_size, *rest), sizes=sizes)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(tp_size=TP, vocab_size=st.integers(1, 200), multiple=st.integers(1, 64), hidden=SMALL)
 def test_vocabulary_padding_is_zero_and_never_merged(tp_size: int, vocab_size: int, multiple: int, hidden: int) -> None:
     padded = -(-vocab_size // (multiple * tp_size)) * multiple * tp_size
