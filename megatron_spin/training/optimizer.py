@@ -81,6 +81,9 @@ def wrap_and_optimize(
         optimizer = get_megatron_optimizer(settings, wrapped)
         if config.training.optimizer["optimizer"] == "rmsprop":
             rmsprop.replace_adam(optimizer, settings)
+        # Norms and biases do not decay. Megatron's own scheduler, which is not used here, would apply this factor.
+        for group in optimizer.param_groups:
+            group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
         for chunk in wrapped:
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [part.no_sync for part in wrapped]
