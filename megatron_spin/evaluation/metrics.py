@@ -9,6 +9,9 @@ import math
 import re
 from collections.abc import Sequence
 
+NGRAM = 4
+"""Tokens that must come again in a row to count as a repetition."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -61,6 +64,13 @@ def share(samples: Sequence[Sequence[bool]]) -> Mean:
     return mean([sum(judgements) / len(judgements) for judgements in samples])
 
 
+def repeated_fraction(answer: Answer) -> float:
+    """Share of the answer's 4-grams of tokens that stood in it before: 0 for one that never repeats itself (or is shorter), near 1 for a loop."""
+    ids = [int(token) for token in answer.token_ids]
+    ngrams = list(zip(*(ids[i:] for i in range(NGRAM)), strict=False))
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
 def sample_metrics(
     real: Sequence[Answer],
     greedy: Sequence[Answer],
@@ -87,6 +97,10 @@ def sample_metrics(
         "mean_response_tokens": lengths.value,
         "mean_real_tokens": mean([len(answer.token_ids) for answer in real]).value,
         "truncated_fraction": share([[sample.truncated for sample in samples] for samples in sampled]).value,
+        "truncated_fraction_greedy": mean([answer.truncated for answer in greedy]).value,
+        "repeated_fraction": mean([sum(map(repeated_fraction, samples)) / len(samples) for samples in sampled]).value,
+        "repeated_fraction_greedy": mean([*map(repeated_fraction, greedy)]).value,
+        "repeated_fraction_real": mean([*map(repeated_fraction, real)]).value,
         "identical_fraction": share([[sample.token_ids == answer.token_ids for sample in samples] for answer, samples in pairs]).value,
         "patterns": {name: _pattern_shares(pattern, real, sampled, answer_pattern) for name, pattern in patterns.items()},
     }

@@ -80,6 +80,8 @@ class Trainer:
         tokens = sum(len(e.prompt_ids) * len(e.responses) + sum(map(len, e.responses)) for e in chosen)
         row: dict[str, Any] = {"step": step + 1, **{name: named.get(name) for name in PAIR_METRICS}}
         row |= {"grad_norm": norm, "learning_rate": rate, "tokens": tokens, "pairs": len(chosen)}
+        # Neither side of a pair of equal answers can win; whoever reads the accuracy needs to know how many there were.
+        row["identical"] = None if self.scores is None else sum(list(e.responses[0]) == list(e.responses[1]) for e in chosen) / len(chosen)
         return {**row, "seconds": round(time.perf_counter() - started, 6)}
 
     def run(
