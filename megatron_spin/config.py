@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import yaml
 
 from megatron_spin.errors import ConfigError
+from megatron_spin.guards import GuardsConfig
 
 T = TypeVar("T")
 Engine: TypeAlias = Literal["vllm", "hf"]
@@ -223,6 +224,7 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     baselines: dict[str, BaselineConfig] = dataclasses.field(default_factory=_default_baselines)
     """Continued-SFT baselines by name; ``sft``, the model as it came, is always evaluated."""
+    guards: GuardsConfig = dataclasses.field(default_factory=GuardsConfig)
 
     @property
     def iterations(self) -> int:
@@ -232,7 +234,7 @@ class Config:
 
 RESUMABLE = (
     "name", "device", "parallel", "spin.iterations", "training.checkpoint_every", "training.keep_checkpoints", "training.micro_batch_size",
-    "generation.batch_size", "generation.vllm", "evaluation.batch_size", "baselines",
+    "generation.batch_size", "generation.vllm", "evaluation.batch_size", "baselines", "guards",
 )  # fmt: skip
 """What may differ when a run directory is opened again; anything else would contradict what is already there."""
 
@@ -242,6 +244,11 @@ def at_iteration(value: PerIteration[T], iteration: int) -> T:
     if isinstance(value, list):
         return typing.cast(T, value[min(iteration, len(value) - 1)])
     return value
+
+
+def has_evaluation(config: Config) -> bool:
+    """Whether there are held-out data, hence evaluate phases."""
+    return config.evaluation.path is not None or config.evaluation.held_out_fraction > 0
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -324,6 +331,8 @@ def _parse(kind: Any, value: Any, path: str) -> Any:
             except ConfigError:
                 continue
     elif origin is Literal:
+        if value is False and "off" in arguments:  # YAML 1.1 reads a bare off as false
+            return "off"
         if value in arguments and type(value) in {type(argument) for argument in arguments}:
             return value
     elif origin is list:
@@ -436,6 +445,10 @@ def _check(config: Config) -> None:
     for name in config.evaluation.likelihood:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise ConfigError(f"evaluation.likelihood.{name}: the name must begin with a letter and go on with letters, digits, '_' or '-'")
+    for name, guard in config.guards.by_name().items():
+        low, high = guard.limits
+        if not low <= guard.threshold <= high:
+            raise ConfigError(f"guards.{name}.threshold={guard.threshold:g} must lie between {low:g} and {high:g}")
     for name in config.baselines:
         if name == "sft" or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise ConfigError(f"baselines.{name}: the name must begin with a letter, go on with letters, digits, '_' or '-', and not be sft")
