@@ -31,6 +31,10 @@ class DeviceError(SpinError):
     """The device, kernel or numeric format that was asked for does not exist here."""
 
 
+class GuardError(SpinError):
+    """A guard whose action is ``stop`` tripped: what was trained is not fit to become the opponent, and the user is to decide."""
+
+
 class GateError(SpinError):
     """Two computations that must agree do not: the run stops before it wastes or poisons anything."""
 

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_spin.config import Config
+from megatron_spin.config import Config, has_evaluation
 from megatron_spin.errors import ConfigError, DeviceError, RunDirError
+from megatron_spin.guarding import describe, result, rolled_back, settled
 from megatron_spin.run_dir import RunDir, read_json, write_json
 
 TRAINING = {
@@ -37,6 +38,8 @@ class Step:
     processes: int = 1
     """How many ranks run the command; more than 1 needs a launcher."""
     done: bool = False
+    left_out: bool = False
+    """A guard rolled an iteration back, so that this one is not to be run."""
 
 
 class Plan:
@@ -56,7 +59,7 @@ class Plan:
             DeviceError: the number of processes cannot be had on this machine.
         """
         done = set(read_json(self.run_dir.state)["phases"]) if self.run_dir.state.exists() else set()
-        steps = [dataclasses.replace(step, done=step.phase in done) for step in self._all()]
+        steps = self._without_rolled_back([dataclasses.replace(step, done=self._is_done(step.phase, done)) for step in self._all()])
         if until is None:
             return steps
         names = [step.phase for step in steps]
@@ -65,6 +68,18 @@ class Plan:
             hint = f"did you mean {nearest[0]}?" if nearest else f"the phases are {', '.join(names)}"
             raise ConfigError(f"--until {until} is not a phase of this run: {hint}")
         return steps[: names.index(until) + 1]
+
+    def _is_done(self, phase: str, done: set[str]) -> bool:
+        kind, _, label = phase.partition(":")
+        return settled(self.config, self.run_dir, int(label)) if kind == "guard" else phase in done
+
+    def _without_rolled_back(self, steps: list[Step]) -> list[Step]:
+        """``steps`` with those marked that a rollback leaves out: the rotation of the iteration that was rolled back, and all later iterations."""
+        last = rolled_back(self.config, self.run_dir)
+        if last is None:
+            return steps
+        what = f"left out, for iteration {last} was rolled back"
+        return [dataclasses.replace(step, what=what, left_out=True) if _comes_after(step.phase, last) else step for step in steps]
 
     def _all(self) -> Iterator[Step]:
         config, objective, evaluates = self.config, self.config.training.objective, has_evaluation(self.config)
@@ -79,6 +94,8 @@ class Plan:
                 what = "the opponent answers every prompt"
                 yield self._step(f"generate:{iteration}", what, "generate.py", "--iteration", str(iteration))
             yield from self._train_and_measure(f"{iteration}", "--iteration", TRAINING[objective])
+            if spin:
+                yield self._step(f"guard:{iteration}", "look whether the policy is fit to go on with", "guard.py", "--iteration", str(iteration))
             last = iteration + 1 == config.iterations
             what = "the run's last policy is complete" if last else f"the policy becomes the opponent of iteration {iteration + 1}"
             yield self._finish("rotate" if spin else "finish", str(iteration), what)
@@ -110,9 +127,10 @@ class Plan:
         return self._step(f"{verb}:{label}", what, "plan.py", "--finish", f"{verb}:{label}")
 
 
-def has_evaluation(config: Config) -> bool:
-    """Whether there are held-out data, hence evaluate phases."""
-    return config.evaluation.path is not None or config.evaluation.held_out_fraction > 0
+def _comes_after(phase: str, iteration: int) -> bool:
+    """Whether ``phase`` would go on from ``iteration``: its rotation, or anything of a later one."""
+    kind, _, label = phase.partition(":")
+    return label.isdigit() and (int(label) > iteration or (int(label) == iteration and kind == "rotate"))
 
 
 def replica_size(config: Config) -> int:
@@ -156,14 +174,18 @@ def gpu_count(config: Config) -> int:
 
 
 def as_text(steps: Sequence[Step], run_dir: RunDir) -> Iterator[str]:
-    """Lines for the driver: the run directory, then ``phase, status, processes, what, command...`` separated by TABs.
+    """Lines for the driver: the run directory and, once there is one, the result in words; then ``phase, status, processes, what, command...``.
+
+    TABs separate. A status is ``done``, ``skip`` (left out by a rollback) or ``todo``.
 
     Raises:
         ConfigError: a word of a command holds a TAB or a newline.
     """
-    yield f"run-dir\t{run_dir.root}"
+    state = read_json(run_dir.state) if run_dir.state.exists() else {}
+    yield f"run-dir\t{run_dir.root}" + (f"\t{describe(state['result'])}" if "result" in state else "")
     for step in steps:
-        words = (step.phase, "done" if step.done else "todo", str(step.processes), step.what, *step.command)
+        status = "skip" if step.left_out else "done" if step.done else "todo"
+        words = (step.phase, status, str(step.processes), step.what, *step.command)
         for word in words:
             if not word or "\t" in word or "\n" in word:
                 raise ConfigError(f"argument {word!r} is empty or holds a tab or a newline: paths and overrides must be plain words")
@@ -173,19 +195,26 @@ def as_text(steps: Sequence[Step], run_dir: RunDir) -> Iterator[str]:
 def finish(plan: Plan, phase: str) -> None:
     """Writes the ``DONE`` marker of an iteration (``rotate:T``, or ``finish:T`` without self-play) or of a baseline (``finish:NAME``).
 
+    A complete iteration is the run's result until a later one is.
+
     Raises:
-        RunDirError: a phase before it has not been done.
+        RunDirError: a phase before it has not been done, or a guard rolled the iteration back.
     """
     started, run_dir = time.monotonic(), plan.run_dir
     if run_dir.is_done(phase):
         print(f"{phase} already done")
         return
     label = phase.partition(":")[2]
-    steps = [step for step in plan.steps(phase)[:-1] if step.phase.endswith(f":{label}")]
+    *steps, last = [step for step in plan.steps(phase) if step.phase.endswith(f":{label}")]
+    if last.left_out:
+        raise RunDirError(f"{phase} is {last.what}: change the guards' settings to have it judged again")
     missing = [step.phase for step in steps if not step.done]
     if missing:
         raise RunDirError(f"{phase} must wait for {', '.join(missing)}: run tools/spin.sh, which runs all phases in order")
     phases = read_json(run_dir.state)["phases"]
     target = run_dir.target(iteration=int(label)) if label.isdigit() else run_dir.target(baseline=label)
     write_json(target.done, {step.phase: phases[step.phase] for step in steps})
+    if label.isdigit():
+        with run_dir.changing_state() as state:
+            state["result"] = result(plan.config, run_dir, int(label), "the last iteration that is complete")
     run_dir.mark_done(phase, seconds=time.monotonic() - started)

@@ -23,7 +23,7 @@ def check(plan: Plan, steps: Sequence[Step]) -> None:
     Raises:
         SpinError: the first thing that is missing or cannot be, in one line.
     """
-    todo = {step.phase for step in steps if not step.done}
+    todo = {step.phase for step in steps if not (step.done or step.left_out)}
     if not todo:
         return
     config, root = plan.config, plan.run_dir.root

@@ -189,11 +189,17 @@ class RunDir:
         ``seconds`` of wall time and ``details`` (plain data) are kept. ``peak_memory_gib`` is that of the largest process seen from the calling
         one: with several ranks, of rank 0.
         """
+        finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        measured = {"finished": finished, "seconds": round(seconds, 3), "peak_memory_gib": round(peak_memory(), 3)}
+        with self.changing_state() as state:
+            state["phases"][phase] = {**measured, **details}
+
+    @contextlib.contextmanager
+    def changing_state(self) -> Iterator[dict[str, Any]]:
+        """What ``state.json`` holds, to be changed: written when the block ends without an exception."""
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.root / ".state.lock", "w") as lock:  # two tools run by hand must not lose each other's entry
             fcntl.flock(lock, fcntl.LOCK_EX)
             state = read_json(self.state) if self.state.exists() else {"phases": {}}
-            finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            measured = {"finished": finished, "seconds": round(seconds, 3), "peak_memory_gib": round(peak_memory(), 3)}
-            state["phases"][phase] = {**measured, **details}
+            yield state
             write_json(self.state, state)

@@ -6,8 +6,8 @@ usage() {
   cat <<'TEXT'
 usage: tools/spin.sh CONFIG.yaml [--run-dir DIR] [--dry-run] [--until PHASE:T] [key=value ...]
 
-Runs self-play fine-tuning: prepare, import, then for each iteration T generate:T, train:T, export:T, evaluate:T and rotate:T, then the baselines
-(with training.objective=dpo or sft one iteration without generate:0).
+Runs self-play fine-tuning: prepare, import, then for each iteration T generate:T, train:T, export:T, evaluate:T, guard:T and rotate:T, then the
+baselines (with training.objective=dpo or sft one iteration without generate:0 and guard:0).
 A phase that is done is skipped, so the same command continues a run that was stopped or killed.
 
   CONFIG.yaml       the configuration, see examples/configs/; megatron_spin/config.py lists its keys
@@ -68,14 +68,15 @@ find_tools() {
 
 # --------------------------------------------------------------------------------------------------------------------- plan
 
-# Each line of the plan: phase, status, processes, what it does, command... with TABs between (megatron_spin/plan.py).
-read_plan() {
-  local arguments=("$config" "${overrides[@]}" --check) text
+# First line: the run directory and the result, if there is one yet. Then a line a phase: phase, status, processes, what it does, command... with
+# TABs between (megatron_spin/plan.py).
+read_plan() { # [--check]
+  local arguments=("$config" "${overrides[@]}" "$@") text
   [[ -z $run_dir ]] || arguments+=(--run-dir "$run_dir")
   [[ -z $until ]] || arguments+=(--until "$until")
   text=$("$python" "$repository/tools/plan.py" "${arguments[@]}") || exit $?
   mapfile -t plan <<<"$text"
-  run_dir=${plan[0]#*$'\t'}
+  IFS=$'\t' read -r _ run_dir result <<<"${plan[0]}"
   plan=("${plan[@]:1}")
 }
 
@@ -171,7 +172,7 @@ fail() {
   if ! tail -c "+$((log_start + 1))" "$log" | grep -qxF "error: $message"; then
     printf 'error: %s\n' "$message" | tee -a -- "$log" >&2
   fi
-  printf '%s did not finish (logs: %s*); the same command continues from there\n' "$phase" "${log%log}"
+  [[ $phase == guard:* && $code == 2 ]] || printf '%s did not finish (logs: %s*); the same command continues from there\n' "$phase" "${log%log}"
   ((code == 2)) || code=1
   exit "$code"
 }
@@ -179,13 +180,13 @@ fail() {
 # --------------------------------------------------------------------------------------------------------------------- main
 
 main() {
-  local line fields number=0 started
+  local fields number started
   parse_arguments "$@"
   find_tools
   export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
   # Deprecations inside the libraries are not the user's; set PYTHONWARNINGS=default to see them.
   export PYTHONWARNINGS=${PYTHONWARNINGS-ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning}
-  read_plan
+  read_plan --check
   if $dry_run; then
     print_plan
     return
@@ -198,14 +199,13 @@ main() {
   trap 'stop INT 130' INT
   trap 'stop TERM 143' TERM
   printf 'run directory %s\n' "$run_dir"
-  for line in "${plan[@]}"; do
-    IFS=$'\t' read -r -a fields <<<"$line"
+  for ((number = 1; number <= ${#plan[@]}; number++)); do
+    IFS=$'\t' read -r -a fields <<<"${plan[number - 1]}"
     phase=${fields[0]}
-    number=$((number + 1))
-    if [[ ${fields[1]} == 'done' ]]; then
-      printf '[%d/%d] %s: already done\n' "$number" "${#plan[@]}" "$phase"
-      continue
-    fi
+    case ${fields[1]} in
+      done) printf '[%d/%d] %s: already done\n' "$number" "${#plan[@]}" "$phase" && continue ;;
+      skip) printf '[%d/%d] %s: %s\n' "$number" "${#plan[@]}" "$phase" "${fields[3]}" && continue ;;
+    esac
     printf '[%d/%d] %s: %s\n' "$number" "${#plan[@]}" "$phase" "${fields[3]}"
     started=$SECONDS log=$run_dir/logs/${phase/:/_}.log ranks_log=$run_dir/logs/${phase/:/_}.ranks.log
     rm -f -- "$ranks_log"
@@ -214,8 +214,11 @@ main() {
     run_phase "${fields[2]}" "${fields[@]:4}"
     ((status == 0)) || fail
     printf '[%d/%d] %s: done in %d s\n' "$number" "${#plan[@]}" "$phase" $((SECONDS - started))
+    [[ $phase != guard:* ]] || read_plan # what a guard rolls back leaves the plan
   done
+  read_plan
   printf '%s: all of the plan%s is done; report: %q tools/report.py %q\n' "$run_dir" "${until:+ up to $until}" "$python" "$run_dir"
+  [[ -z $result ]] || printf 'the result is %s\n' "$result"
 }
 
 # In one line: bash reads a script as it runs it, and an update of this file must not change a run that is under way.

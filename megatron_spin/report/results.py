@@ -54,6 +54,8 @@ class Results:
     """Share of the training data's real answers that each of ``evaluation.patterns`` finds."""
     prompts: int
     """Prompts that were trained on."""
+    notes: list[str]
+    """What guards that tripped had to say, in the order of the iterations, and which model is the result."""
     finished: str
     """When the last phase finished, ISO 8601 in UTC."""
 
@@ -85,7 +87,8 @@ def read_results(root: Path) -> Results:
     if not run_dir.config.is_file():
         raise RunDirError(f"{root} is not a run directory (it has no config.yaml): give the --run-dir of a run, for example runs/NAME")
     config = load_config(run_dir.config)
-    phases = read_json(run_dir.state)["phases"] if run_dir.state.exists() else {}
+    state = read_json(run_dir.state) if run_dir.state.exists() else {"phases": {}}
+    phases = state["phases"]
     evaluated = [Evaluated(name, target.iteration, read_json(target.eval)) for name, target in players(config, run_dir) if target.eval.exists()]
     curves = [_read_metrics(run_dir.target(iteration=t).metrics) for t in range(config.iterations)]
     curves = [curve for curve in curves if curve]
@@ -100,6 +103,7 @@ def read_results(root: Path) -> Results:
         phases=[Phase(name, float(phase["seconds"]), memory=phase.get("peak_memory_gib")) for name, phase in phases.items()],
         data_patterns=patterns,
         prompts=prompts,
+        notes=_notes(state),
         finished=max((phase["finished"] for phase in phases.values()), default=""),
     )
 
@@ -120,6 +124,18 @@ def players(config: Config, run_dir: RunDir) -> list[tuple[str, Target]]:
     targets = [({"spin": "SFT", "dpo": "start", "sft": "untrained"}[method], run_dir.target(baseline="sft"))]
     targets += [(label, run_dir.target(baseline=name)) for name, label in continued.items()]
     return targets + [("DPO" if method == "dpo" else f"{method.upper()} {t}", run_dir.target(iteration=t)) for t in range(config.iterations)]
+
+
+def _notes(state: dict[str, Any]) -> list[str]:
+    notes = []
+    for iteration, judged in sorted(state.get("guards", {}).items(), key=lambda item: int(item[0])):
+        for verdict in judged["verdicts"]:
+            if verdict["tripped"]:
+                notes.append(f"Guard {verdict['guard']} ({verdict['action']}) after SPIN {iteration}: {verdict['said']}.")
+    if (result := state.get("result")) is not None:
+        name = "the model that the run began with" if result["iteration"] is None else f"iteration {result['iteration']}"
+        notes.append(f"The result is {name} ({result['why']}).")
+    return notes
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -64,6 +64,7 @@ def comparison(results: Results, *, narrow: bool = False) -> Table:
     if any(values.get("opponent_accuracy") is not None for values in models):
         notes.append("Beats opponent: share of held-out pairs with a margin above 0; a sample that equals the real answer has none.")
     notes += [f"“{name}”: share of answers in which `{results.config.evaluation.patterns[name]}` is found." for name in patterns]
+    notes += results.notes
     return Table(titles, rows, notes)
 
 

@@ -15,6 +15,7 @@ from megatron_spin.data.batches import BatchSampler, Example, sequence_length
 from megatron_spin.data.pairs import load_pairs
 from megatron_spin.data.prepared import load_rows
 from megatron_spin.errors import GateError, RunDirError
+from megatron_spin.guarding import played
 from megatron_spin.hf.assets import copy_assets
 from megatron_spin.hf.collective import raised_everywhere
 from megatron_spin.hf.export import stream_hf
@@ -90,8 +91,8 @@ def total_steps(config: Config, iteration: int, num_examples: int) -> int:
 
 
 def _spin_steps(config: Config, run_dir: RunDir) -> int:
-    """Optimizer steps of all SPIN iterations together, from their pairs."""
-    manifests = [read_json(run_dir.target(iteration=t).pairs / "manifest.json") for t in range(config.iterations)]
+    """Optimizer steps of all SPIN iterations that are played, from their pairs."""
+    manifests = [read_json(run_dir.target(iteration=t).pairs / "manifest.json") for t in range(played(config, run_dir))]
     return sum(total_steps(config, t, manifest["num_pairs"]) for t, manifest in enumerate(manifests))
 
 

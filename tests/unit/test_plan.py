@@ -1,5 +1,6 @@
 """The plan of a run: its phases and their order, what is done, and what is refused before anything starts."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,9 @@ from megatron_spin.errors import CheckpointError, ConfigError, DataError, Device
 from megatron_spin.plan import Plan, as_text, finish, processes
 from megatron_spin.preflight import check
 from megatron_spin.run_dir import RunDir, read_json
+
+FOLLOWING = ("train", "export", "evaluate", "finish")
+"""The phases of a baseline."""
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def phases(raw: dict[str, Any], root: Path, until: str | None = None) -> list[st
 
 
 def test_order_of_self_play(raw: dict[str, Any], tmp_path: Path) -> None:
-    rounds = [f"{verb}:{t}" for t in (0, 1) for verb in ("generate", "train", "export", "evaluate", "rotate")]
+    rounds = [f"{verb}:{t}" for t in (0, 1) for verb in ("generate", "train", "export", "evaluate", "guard", "rotate")]
     baseline = ["train:more", "export:more", "evaluate:more", "finish:more"]
     assert phases(raw, tmp_path / "run") == ["prepare", "import", "evaluate:sft", *rounds, *baseline]
 
@@ -104,12 +108,51 @@ def test_done_phases_and_the_marker(raw: dict[str, Any], tmp_path: Path) -> None
     plan = plan_of(config, run_dir.root)
     with pytest.raises(RunDirError, match="rotate:0 must wait for generate:0, train:0"):
         finish(plan, "rotate:0")
-    for step in plan.steps("evaluate:0"):
+    for step in plan.steps("guard:0"):
         run_dir.mark_done(step.phase, seconds=1.0)
+    judged(run_dir, config, "pass")
     assert [step.phase for step in plan.steps("rotate:0") if not step.done] == ["rotate:0"]
     finish(plan, "rotate:0")
     finish(plan, "rotate:0")
     assert run_dir.is_done("rotate:0") and "train:0" in read_json(run_dir.target(iteration=0).done)
+    result = read_json(run_dir.state)["result"]
+    assert result["iteration"] == 0 and result["hf"] == str(tmp_path / "run/iteration_0/hf")
+    assert result["hf"] in next(as_text(plan.steps(), run_dir)).split("\t")[2]
+
+
+def judged(run_dir: RunDir, config: Config, outcome: str, iteration: int = 0) -> None:
+    """Records a judgement as the guard phase does."""
+    with run_dir.changing_state() as state:
+        state.setdefault("guards", {})[str(iteration)] = {"outcome": outcome, "verdicts": [], "settings": dataclasses.asdict(config.guards)}
+
+
+def test_a_rollback_leaves_out_what_comes_after_it_until_the_settings_change(raw: dict[str, Any], tmp_path: Path) -> None:
+    config, run_dir = from_dict(raw), RunDir(tmp_path / "run")
+    plan = plan_of(config, run_dir.root)
+    for step in plan.steps("guard:0"):
+        run_dir.mark_done(step.phase, seconds=1.0)
+    judged(run_dir, config, "rollback")
+    left_out = ["rotate:0", *(f"{kind}:1" for kind in ("generate", "train", "export", "evaluate", "guard", "rotate"))]
+    assert [step.phase for step in plan.steps() if step.left_out] == left_out
+    assert [step.phase for step in plan.steps() if not step.left_out and not step.done] == [f"{kind}:more" for kind in FOLLOWING]
+    assert plan.steps("train:1")[-1].left_out  # --until still knows it
+    lines = {line.split("\t")[0]: line.split("\t") for line in as_text(plan.steps(), run_dir)}
+    assert lines["train:1"][1] == "skip" and "iteration 0 was rolled back" in lines["train:1"][3]
+    check(plan, plan.steps("rotate:1"))
+    with pytest.raises(RunDirError, match="rotate:0 is left out, for iteration 0 was rolled back"):
+        finish(plan, "rotate:0")
+    changed = plan_of(from_dict(raw | {"guards": {"nll_rise": {"threshold": 0.2}}}), run_dir.root)
+    assert [step.phase for step in changed.steps() if not step.done][:2] == ["guard:0", "rotate:0"]
+    assert not any(step.left_out for step in changed.steps())
+
+
+def test_once_the_policy_is_the_opponent_the_judgement_stands(raw: dict[str, Any], tmp_path: Path) -> None:
+    config, run_dir = from_dict(raw), RunDir(tmp_path / "run")
+    for step in plan_of(config, run_dir.root).steps("rotate:0"):
+        run_dir.mark_done(step.phase, seconds=1.0)
+    judged(run_dir, config, "warn")
+    changed = plan_of(from_dict(raw | {"guards": {"nll_rise": {"action": "stop"}}}), run_dir.root)
+    assert all(step.done for step in changed.steps("rotate:0"))
 
 
 def test_processes(raw: dict[str, Any]) -> None:

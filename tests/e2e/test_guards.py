@@ -1,0 +1,153 @@
+"""Guards provoked for real, through the driver: one iteration whose learning rate ruins the model, and one whose opponent knows the answers."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.runs import REPOSITORY, environment, metrics, run_tool, tiny_yaml
+from tests.support.tiny import fine_tune, sft_rows, write_jsonl
+
+Finished = subprocess.CompletedProcess[str]
+
+
+def spin(config: Path, run: Path, *arguments: str) -> Finished:
+    command = [str(REPOSITORY / "tools/spin.sh"), str(config), "--run-dir", str(run), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment(PYTHON=sys.executable))
+
+
+def succeeded(ran: Finished) -> Finished:
+    assert ran.returncode == 0, f"{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
+    return ran
+
+
+def state(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "state.json").read_text())
+    return content
+
+
+def verdicts(run: Path, iteration: int = 0) -> dict[str, dict[str, Any]]:
+    return {verdict["guard"]: verdict for verdict in state(run)["guards"][str(iteration)]["verdicts"]}
+
+
+def tripped(run: Path, iteration: int = 0) -> set[str]:
+    return {name for name, verdict in verdicts(run, iteration).items() if verdict["tripped"]}
+
+
+@pytest.fixture(scope="module")
+def ruined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(configuration, run directory) of a run that stands before guard:0; a model that ends its answers was trained at a rate that ruins it."""
+    place = tmp_path_factory.mktemp("ruined")
+    config = tiny_yaml(
+        place,
+        training={"learning_rate": 0.05, "schedule": "constant", "warmup_fraction": 0.0, "epochs": 2},
+        spin={"iterations": 2, "beta": 0.1},
+        generation={"max_new_tokens": 16},
+        evaluation={"num_prompts": 24},
+        baselines={},
+    )
+    fine_tune(place / "model", sft_rows(2000, seed=9), steps=100)
+    write_jsonl(place / "eval.jsonl", sft_rows(24, seed=2))
+    succeeded(spin(config, place / "run", "--until", "evaluate:0"))
+    return config, place / "run"
+
+
+@pytest.fixture
+def run(ruined: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of :func:`ruined` to be judged."""
+    shutil.copytree(ruined[1], tmp_path / "run")
+    return ruined[0], tmp_path / "run"
+
+
+def test_a_ruined_model_is_warned_of_and_the_run_goes_on(run: tuple[Path, Path]) -> None:
+    config, directory = run
+    ran = succeeded(spin(config, directory, "--until", "rotate:0"))
+    assert tripped(directory) >= {"real_logps_fall", "nll_rise", "end_of_answer", "length", "repetition"}, verdicts(directory)
+    warnings = [line for line in ran.stderr.splitlines() if line.startswith("warning: guard ")]
+    assert len(warnings) == len(tripped(directory)) and all("iteration 0" in line and ".threshold is " in line for line in warnings)
+    assert state(directory)["result"] == {
+        "hf": str(directory / "iteration_0/hf"), "iteration": 0, "why": "the last iteration that is complete"
+    }  # fmt: skip
+    assert ran.stdout.splitlines()[-1].startswith(f"the result is iteration 0, {directory}/iteration_0/hf")
+    run_tool("report.py", directory)
+    report = (directory / "report.md").read_text()
+    assert "Guard nll_rise (warn) after SPIN 0: held-out NLL a token is" in report and "The result is iteration 0" in report
+
+
+def test_stop_stops_again_until_the_user_decides(run: tuple[Path, Path]) -> None:
+    config, directory = run
+    stop = ("guards.nll_rise.action=stop", "guards.end_of_answer.action=rollback")
+    for _ in range(2):
+        ran = spin(config, directory, "--until", "rotate:0", *stop)
+        errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+        assert ran.returncode == 2 and len(errors) == 1 and "Traceback" not in ran.stderr, ran.stderr
+        assert "guard nll_rise: held-out NLL a token is" in errors[0] and "guards.nll_rise.action=warn" in errors[0]
+        assert "guard:0" not in state(directory)["phases"] and not (directory / "iteration_0/DONE").exists() and "result" not in state(directory)
+    ran = succeeded(spin(config, directory, "--until", "rotate:0", "guards.nll_rise.threshold=1e9"))
+    assert (directory / "iteration_0/DONE").exists() and "nll_rise" not in tripped(directory)
+
+
+def test_rollback_makes_the_previous_model_the_result(run: tuple[Path, Path], ruined: tuple[Path, Path]) -> None:
+    config, directory = run
+    for again in (False, True):
+        before = state(directory)
+        ran = succeeded(spin(config, directory, "guards.repetition.action=rollback"))
+        assert (again and state(directory) == before) or "rollback: guard repetition, iteration 0: " in ran.stderr
+        assert "train:1: left out, for iteration 0 was rolled back" in ran.stdout
+        assert not (directory / "iteration_1").exists() and not (directory / "iteration_0/DONE").exists()
+        result = state(directory)["result"]
+        assert result["hf"] == str(ruined[1].parent / "model") and result["iteration"] is None and "repetition" in result["why"]
+        assert ran.stdout.splitlines()[-1].startswith("the result is the model that the run began with, ")
+    # Other settings have it judged again, and what was judged before must not let it pass.
+    for _ in range(2):
+        judged = run_tool("guard.py", config, "--run-dir", directory, "--iteration", 0, "guards.repetition.action=stop", check=False)
+        assert judged.returncode == 2 and "guard repetition" in judged.stderr
+
+
+def test_a_guard_waits_for_what_it_looks_at(run: tuple[Path, Path]) -> None:
+    config, directory = run
+    content = state(directory)
+    del content["phases"]["evaluate:0"]
+    (directory / "state.json").write_text(json.dumps(content))
+    ran = run_tool("guard.py", config, "--run-dir", directory, "--iteration", 0, check=False)
+    assert ran.returncode == 2 and "guard:0 must wait for evaluate:0" in ran.stderr
+    ran = run_tool("guard.py", config, "--run-dir", directory, "--iteration", 2, check=False)
+    assert ran.returncode == 2 and "iteration 2 has nothing to guard" in ran.stderr
+
+
+@pytest.mark.slow
+def test_an_opponent_that_knows_the_answers_leaves_nothing_to_learn(tmp_path: Path) -> None:
+    config = tiny_yaml(
+        tmp_path,
+        training={"learning_rate": 1e-5},
+        evaluation={"path": None},
+        baselines={"more": {"steps": "same_steps", "learning_rate": 1e-5}},
+        guards={"converged": {"action": "rollback"}},
+    )
+    assert fine_tune(tmp_path / "model", sft_rows(40, seed=1), steps=400) < 0.01
+    ran = succeeded(spin(config, tmp_path / "run"))
+    assert verdicts(tmp_path / "run")["converged"]["value"] > 0.95 and tripped(tmp_path / "run") == {"converged"}
+    blind = [line for line in ran.stderr.splitlines() if "could not look" in line]
+    assert blind == [
+        "warning: guards nll_rise, end_of_answer, length, repetition could not look: "
+        "there is no evaluation: give evaluation.path or evaluation.held_out_fraction"
+    ]
+    # The baseline has as many steps as the one iteration that was trained.
+    assert len(metrics(tmp_path / "run/baselines/more/metrics.jsonl")) == len(metrics(tmp_path / "run/iteration_0/metrics.jsonl")) == 5
+    assert (tmp_path / "run/baselines/more/DONE").exists() and not (tmp_path / "run/iteration_1").exists()
+
+
+@pytest.mark.slow
+def test_an_opponent_that_is_beaten_at_once(tmp_path: Path) -> None:
+    """Real answers that are nothing like the model's: a few steps tell them apart."""
+    config = tiny_yaml(tmp_path, training={"learning_rate": 5e-3, "epochs": 3}, spin={"iterations": 1}, evaluation={"path": None}, baselines={})
+    rows = [{"prompt": row["prompt"], "response": "w1 w2 w3"} for row in sft_rows(40, seed=1)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    ran = succeeded(spin(config, tmp_path / "run"))
+    assert tripped(tmp_path / "run") == {"saturated"}, verdicts(tmp_path / "run")
+    assert "warning: guard saturated, iteration 0: from step " in ran.stderr
+    assert metrics(tmp_path / "run/iteration_0/metrics.jsonl")[-1]["accuracy"] == 1.0

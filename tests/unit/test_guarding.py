@@ -1,0 +1,85 @@
+"""The guard phase on the files of an iteration: what it records, and that it can be run again at any time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_spin.config import Config, from_dict
+from megatron_spin.errors import GuardError
+from megatron_spin.guarding import guard, played, rolled_back, settled
+from megatron_spin.run_dir import RunDir, read_json, write_json
+from tests.unit.test_guards import curve, evaluation
+
+
+def config_of(tmp_path: Path, **guards: Any) -> Config:
+    raw = {"name": "n", "model": {"hf": str(tmp_path / "model")}, "data": {"path": "d"}, "evaluation": {"held_out_fraction": 0.1}}
+    return from_dict({**raw, "spin": {"iterations": 3}, "guards": guards})
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    """A run whose first iteration is healthy; the held-out NLL of the second is twice as high."""
+    run_dir = RunDir(tmp_path / "run")
+    write_json(run_dir.target(baseline="sft").eval, evaluation())
+    for iteration, nll in enumerate((0.9, 1.8)):
+        target = run_dir.target(iteration=iteration)
+        write_json(target.eval, evaluation(nll_per_token=nll))
+        write_json(target.pairs / "manifest.json", {"num_pairs": 10, "counts": {"identical": 1}})
+        target.metrics.write_text("".join(json.dumps(row) + "\n" for row in curve()))
+        for kind in ("train", "export", "evaluate"):
+            run_dir.mark_done(f"{kind}:{iteration}", seconds=1.0)
+    return run_dir
+
+
+def test_a_healthy_iteration_passes_with_its_figures(run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(tmp_path)
+    guard(config, run_dir, 0)
+    record = read_json(run_dir.state)["guards"]["0"]
+    assert record["outcome"] == "pass" and len(record["verdicts"]) == 7 and settled(config, run_dir, 0)
+    assert {verdict["guard"]: verdict["value"] for verdict in record["verdicts"]}["nll_rise"] == pytest.approx(-0.1)
+    shown = capsys.readouterr()
+    assert not shown.err and shown.out.count(" ok ") == 7
+
+
+def test_a_rollback_goes_to_the_iteration_before(run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(tmp_path, nll_rise={"action": "rollback"})
+    guard(config, run_dir, 0)
+    assert rolled_back(config, run_dir) is None and played(config, run_dir) == 3
+    guard(config, run_dir, 1)
+    assert rolled_back(config, run_dir) == 1 and played(config, run_dir) == 2
+    result = read_json(run_dir.state)["result"]
+    assert result == {"hf": str(tmp_path / "run/iteration_0/hf"), "iteration": 0, "why": "iteration 1 was rolled back (nll_rise)"}
+    assert "no later iteration is run" in capsys.readouterr().err
+    assert rolled_back(config_of(tmp_path), run_dir) is None and not settled(config_of(tmp_path), run_dir, 1)
+
+
+def test_killed_between_judgement_and_mark_it_judges_again(run_dir: RunDir, tmp_path: Path) -> None:
+    config = config_of(tmp_path, nll_rise={"action": "rollback"})
+    guard(config, run_dir, 1)
+    whole = read_json(run_dir.state)
+    with run_dir.changing_state() as state:
+        del state["phases"]["guard:1"]
+    assert not settled(config, run_dir, 1) and rolled_back(config, run_dir) is None
+    guard(config, run_dir, 1)
+    again = read_json(run_dir.state)
+    assert again["guards"] == whole["guards"] and again["result"] == whole["result"] and settled(config, run_dir, 1)
+
+
+def test_a_stop_is_recorded_and_no_earlier_judgement_lets_it_pass(run_dir: RunDir, tmp_path: Path) -> None:
+    guard(config_of(tmp_path), run_dir, 1)
+    stop = config_of(tmp_path, nll_rise={"action": "stop"}, length={"action": "stop"})
+    for _ in range(2):
+        with pytest.raises(GuardError, match=r"guard nll_rise: held-out NLL .*threshold is 0\.05: .* guards\.nll_rise\.action=warn"):
+            guard(stop, run_dir, 1)
+        assert not settled(stop, run_dir, 1) and read_json(run_dir.state)["guards"]["1"]["outcome"] == "stop"
+
+
+def test_what_cannot_be_seen_is_said_once(run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for iteration in (0, 1):
+        target = run_dir.target(iteration=iteration)
+        rows = [json.loads(line) for line in target.metrics.read_text().splitlines()]
+        target.metrics.write_text("".join(json.dumps({**row, "identical": None}) + "\n" for row in rows))
+        guard(config_of(tmp_path), run_dir, iteration)
+    assert capsys.readouterr().err.count("guards saturated could not look: metrics.jsonl has no identical") == 1
