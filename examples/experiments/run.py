@@ -53,9 +53,10 @@ class Runner:
             before = experiment.run_dir(self.root, seed, arm.after)
             hf = before.target(iteration=len(list(before.root.glob("iteration_*"))) - 1).hf
         log = run_dir.root.with_name(f"{run_dir.root.name}.log")
-        self._spin(log, "spin.yaml", run_dir.root, self._settings(arm, start / "data", hf))
+        self._spin(log, "spin.yaml", run_dir.root, self.settings(arm, start / "data", hf))
 
-    def _settings(self, arm: Arm, data: Path, hf: Path) -> list[str]:
+    def settings(self, arm: Arm, data: Path, hf: Path) -> list[str]:
+        """The overrides of an arm that trains on a file in ``data`` and begins with ``hf``."""
         settings = {
             "model.hf": str(hf),
             "data.path": str(data / f"{arm.data}.jsonl"),

@@ -6,7 +6,8 @@ import pytest
 
 from examples.experiments import table
 from examples.experiments.experiment import read_experiment
-from megatron_spin.config import from_dict
+from examples.experiments.run import Runner
+from megatron_spin.config import from_dict, load_config
 from megatron_spin.errors import ConfigError, RunDirError
 from megatron_spin.run_dir import write_json
 from tests.support.runs import REPOSITORY
@@ -32,6 +33,9 @@ claims:
 def test_every_definition_can_be_read_and_names_rows_that_will_be_there(path: Path) -> None:
     experiment = read_experiment(path)
     assert experiment.title and experiment.seeds and experiment.arms
+    runner = Runner(Path("out"), engine="vllm")
+    for arm in experiment.arms.values():
+        load_config(REPOSITORY / "examples/quickstart/spin.yaml", runner.settings(arm, Path("data"), Path("hf")))
     named = {row for claim in experiment.claims for row in claim} | {row for rows in experiment.best.values() for row in rows}
     for row in named - set(experiment.best):
         assert row.partition("/")[0] in experiment.arms, row
