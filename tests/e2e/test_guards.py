@@ -95,9 +95,9 @@ def test_rollback_makes_the_previous_model_the_result(run: tuple[Path, Path], ru
     config, directory = run
     for again in (False, True):
         before = state(directory)
-        ran = succeeded(spin(config, directory, "guards.repetition.action=rollback"))
+        ran = succeeded(spin(config, directory, "--until", "generate:1", "guards.repetition.action=rollback"))
         assert (again and state(directory) == before) or "rollback: guard repetition, iteration 0: " in ran.stderr
-        assert "train:1: left out, for iteration 0 was rolled back" in ran.stdout
+        assert "generate:1: left out, for iteration 0 was rolled back" in ran.stdout
         assert not (directory / "iteration_1").exists() and not (directory / "iteration_0/DONE").exists()
         result = state(directory)["result"]
         assert result["hf"] == str(ruined[1].parent / "model") and result["iteration"] is None and "repetition" in result["why"]
