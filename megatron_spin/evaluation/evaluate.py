@@ -1,7 +1,6 @@
 """Evaluation of one model on the held-out prompts: ``eval.json``, and ``samples.jsonl`` for reading."""
 
 import gc
-import itertools
 import json
 import re
 import time
@@ -104,32 +103,33 @@ def _scores(
     real = [(row.prompt_ids, row.real_ids) for row in rows]
     generated = [(row.prompt_ids, answer.token_ids) for row, answer in zip(rows, played or [], strict=played is not None)]
     more = {name: [(row.prompt_ids, row.real_ids) for row in extra] for name, extra in likelihood.items()}
-    policy_logps = _sequence_logps(config, player.hf, [*real, *generated, *itertools.chain(*more.values())], device)
+    policy_logps, *others = _sequence_logps(config, player.hf, [real + generated, *more.values()], device)
     nll = nll_per_token(policy_logps[: len(rows)], [len(row.real_ids) for row in rows])
     result: dict[str, Any] = {"nll_per_token": nll.value, "nll_per_token_error": nll.error, "opponent_accuracy": None, "likelihood": {}}
-    policy_logps, rest = policy_logps[: len(real + generated)], policy_logps[len(real + generated) :]
-    for name, sequences in more.items():
-        own, rest = rest[: len(sequences)], rest[len(sequences) :]
+    for (name, sequences), own in zip(more.items(), others, strict=True):
         of_file = nll_per_token(own, [len(answer) for _, answer in sequences])
         result["likelihood"][name] = {"nll_per_token": of_file.value, "nll_per_token_error": of_file.error}
     if opponent is not None and player.target.iteration is not None:
-        opponent_logps = _sequence_logps(config, opponent.hf, real + generated, device)
+        (opponent_logps,) = _sequence_logps(config, opponent.hf, [real + generated], device)
         beta: float = at_iteration(config.spin.beta, player.target.iteration)
         count = len(rows)
         won = margins(policy_logps[:count], opponent_logps[:count], policy_logps[count:], opponent_logps[count:], beta=beta)
+        equal = [list(row.real_ids) == list(answer.token_ids) for row, answer in zip(rows, played or [], strict=True)]
+        won = [0.0 if same else item for same, item in zip(equal, won, strict=True)]  # rounding must not decide who wins a tie
         accuracy, margin = mean([item > 0 for item in won]), mean(won)
         result |= {"opponent": opponent.identity, "opponent_accuracy": accuracy.value, "opponent_accuracy_error": accuracy.error}
-        ties = mean([list(row.real_ids) == list(answer.token_ids) for row, answer in zip(rows, played or [], strict=True)])
-        result |= {"opponent_ties": ties.value}  # equal answers, which nobody wins
+        result |= {"opponent_ties": mean(equal).value}
         result |= {"opponent_margin": margin.value, "opponent_margin_error": margin.error}
     return result
 
 
-def _sequence_logps(config: Config, hf: Path, sequences: list[tuple[list[int], list[int]]], device: torch.device) -> list[float]:
-    """Summed log-prob of each response under the model in ``hf``, which is gone from memory afterwards."""
+def _sequence_logps(config: Config, hf: Path, passes: Sequence[list[tuple[list[int], list[int]]]], device: torch.device) -> list[list[float]]:
+    """Summed log-prob of each response of each pass under the model in ``hf``, which is gone from memory afterwards."""
     model = load_model(hf, dtype=config.precision.export_dtype, device=device)
-    logps = hf_token_logps(model, sequences, batch_size=config.evaluation.batch_size, device=device)
-    sums = [float(item.double().sum()) for item in logps]
+    sums = []
+    for sequences in passes:  # each batched by itself: the same sequences make the same batches, whatever else is measured
+        logps = hf_token_logps(model, sequences, batch_size=config.evaluation.batch_size, device=device)
+        sums.append([float(item.double().sum()) for item in logps])
     del model
     gc.collect()
     if device.type == "cuda":

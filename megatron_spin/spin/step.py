@@ -41,8 +41,8 @@ def spin_forward_step(*, beta: float, loss: str, sft_weight: float = 0.0) -> For
 
     ``sft_weight`` adds that much of the real answer's negative log-likelihood a token to each pair's loss; at 0 nothing is computed.
 
-    The reported values are sums over pairs: ``loss``, ``margin`` (t), ``accuracy`` (t > 0), ``real_logps``, ``generated_logps`` (nats an
-    answer), ``real_reward`` and ``generated_reward`` (beta times the log-ratio to the opponent).
+    The reported values are sums over pairs: ``loss``, ``margin`` (t), ``accuracy`` (t > 0, equal answers never), ``real_logps``,
+    ``generated_logps`` (nats an answer), ``real_reward`` and ``generated_reward`` (beta times the log-ratio to the opponent).
     """
 
     def loss_func(batch: Microbatch, token_losses: Tensor) -> LossResult:
@@ -56,8 +56,9 @@ def spin_forward_step(*, beta: float, loss: str, sft_weight: float = 0.0) -> For
             losses = losses + likelihood_term(real, tokens, weight=sft_weight)
         real_reward, generated_reward = logps.rewards(beta)
         margin = real_reward - generated_reward
+        won = (margin > 0) & _differ(batch)
         named = {
-            "loss": losses, "margin": margin, "accuracy": (margin > 0).float(), "real_logps": real, "generated_logps": generated,
+            "loss": losses, "margin": margin, "accuracy": won.float(), "real_logps": real, "generated_logps": generated,
             "real_reward": real_reward, "generated_reward": generated_reward,
         }  # fmt: skip
         return losses.sum(), _count(losses.numel(), losses), {name: _sum_and_count(value) for name, value in named.items()}
@@ -98,6 +99,12 @@ def probe_forward_step() -> ForwardStep:
         return -token_losses.float()
 
     return _step(loss_func)
+
+
+def _differ(batch: Microbatch) -> Tensor:
+    """Whether the two answers of each pair differ, [b] bool: of equal ones the margin is rounding, which must not count as won."""
+    (real, generated), (real_mask, generated_mask) = batch.labels.chunk(2), batch.response_mask.chunk(2)
+    return ((real != generated) | (real_mask != generated_mask)).any(dim=1)
 
 
 def _count(number: int, like: Tensor) -> Tensor:
