@@ -58,12 +58,18 @@ def comparison(results: Results, *, narrow: bool = False) -> Table:
     titles = ["", *(column.narrow if narrow else column.title for column in columns), *patterns]
     rows = [_row(model, columns, patterns, errors=not narrow) for model in results.evaluated]
     rows += _data_rows(results, columns, patterns) if models else []
+    if not narrow:
+        for title, cells in _more_columns(results):
+            titles.append(title)
+            rows = [[*row, cell] for row, cell in zip(rows, [*cells, *[DASH] * len(rows)], strict=False)]
     count = models[0]["num_prompts"] if models else 0
     samples = results.config.evaluation.samples
     notes = [f"{count} held-out prompts, {samples} {'sample' if samples == 1 else 'samples'} each; trained on {results.prompts} prompts."]
     if any(values.get("opponent_accuracy") is not None for values in models):
         notes.append("Beats opponent: share of held-out pairs with a margin above 0; a sample that equals the real answer has none.")
     notes += [f"“{name}”: share of answers in which `{results.config.evaluation.patterns[name]}` is found." for name in patterns]
+    if results.config.evaluation.answer_pattern is not None and patterns and not narrow:
+        notes.append("Right without: exact match among the sampled answers in which the expression is not found.")
     notes += results.notes
     return Table(titles, rows, notes)
 
@@ -71,6 +77,19 @@ def comparison(results: Results, *, narrow: bool = False) -> Table:
 def _row(model: Evaluated, columns: Sequence[Column], patterns: Sequence[str], *, errors: bool) -> list[str]:
     shares = [model.values.get("patterns", {}).get(name, {}).get("sampled") for name in patterns]
     return [model.name, *(_cell(model.values, column, errors=errors) for column in columns), *(_share(share) for share in shares)]
+
+
+def _more_columns(results: Results) -> list[tuple[str, list[str]]]:
+    """Title and a cell a model: exact match of the answers without each pattern, and the NLL of each further file."""
+    evaluation, models = results.config.evaluation, [model.values for model in results.evaluated]
+    columns = []
+    for name in evaluation.patterns if evaluation.answer_pattern is not None else ():
+        shares = [values.get("patterns", {}).get(name, {}).get("exact_match_without") for values in models]
+        columns.append((f"right without {name}", [_share(share) for share in shares]))
+    for name in evaluation.likelihood:
+        found = [values.get("likelihood", {}).get(name, {}).get("nll_per_token") for values in models]
+        columns.append((f"NLL/token, {name}", [DASH if value is None else f"{value:.4f}" for value in found]))
+    return columns
 
 
 def _cell(values: dict[str, Any], column: Column, *, errors: bool) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from megatron_spin.errors import RunDirError
 from megatron_spin.report.plot import plot
 from megatron_spin.report.readme import machine_name, markers, replace_block, run_block
 from megatron_spin.report.results import players, read_results
-from megatron_spin.report.table import comparison, markdown, report_markdown, times
+from megatron_spin.report.table import DASH, comparison, markdown, report_markdown, times
 from megatron_spin.run_dir import RunDir, read_json, write_json
 from tests.support.runs import REPOSITORY, environment
 from tests.support.tiny import tiny_tokenizer, write_jsonl
@@ -40,7 +41,8 @@ def evaluation(*, matched: float, careless: float, opponent: float | None) -> di
         "truncated_fraction": 0.0,
         "identical_fraction": 0.25,
         "opponent_accuracy": opponent,
-        "patterns": {"careless": {"sampled": careless, "real": 0.0}},
+        "patterns": {"careless": {"sampled": careless, "real": 0.0, "exact_match_without": matched + 0.05}},
+        "likelihood": {"mix": {"nll_per_token": 0.25, "nll_per_token_error": 0.01}},
         "samples": 3,
     }
 
@@ -124,6 +126,19 @@ def run(tmp_path: Path) -> RunDir:
     return run_dir
 
 
+def test_what_the_habit_leaves_and_more_files_have_columns_of_their_own(run, tmp_path) -> None:
+    other = RunDir(tmp_path / "other")
+    shutil.copytree(run.root, other.root)
+    other.config.unlink()
+    other.open(config_of(tmp_path, answer_pattern="(w1)", likelihood={"mix": "m.jsonl"}))
+    table = comparison(read_results(other.root))
+    assert table.titles[-2:] == ["right without careless", "NLL/token, mix"]
+    cells = {row[0]: row[-2:] for row in table.rows}
+    assert cells["SPIN 1"] == ["95.0%", "0.2500"] and cells["held-out data"] == [DASH, DASH]
+    assert all(len(row) == len(table.titles) for row in table.rows)
+    assert len(comparison(read_results(other.root), narrow=True).titles) == len(table.titles) - 2
+
+
 def test_rows_in_the_order_of_the_comparison(run) -> None:
     table = comparison(read_results(run.root))
     assert [row[0] for row in table.rows] == ["SFT", "SFT +16 steps", "SFT +32 steps", "SPIN 0", "SPIN 1", "held-out data", "training data"]
@@ -172,7 +187,9 @@ def test_memory_is_recorded_in_gib(tmp_path) -> None:
     """Of a child that has ended, too: vLLM's process is the largest of a generation."""
     script = "import json, sys; from pathlib import Path; from megatron_spin.run_dir import RunDir; run = RunDir(Path(sys.argv[1])); "
     script += "import subprocess; subprocess.run([sys.executable, '-c', 'x = bytearray(300 * 2**20); x[::4096] = b\"1\" * len(x[::4096])']); "
-    subprocess.run([sys.executable, "-c", script + "run.mark_done('a', seconds=1)", str(tmp_path)], check=True, env=environment(), timeout=60)
+    # Behind a shell: what a process counts as its own begins with the memory of the one that it was forked from.
+    command = ["bash", "-c", '"$@"; exit', "bash", sys.executable, "-c", script + "run.mark_done('a', seconds=1)", str(tmp_path)]
+    subprocess.run(command, check=True, env=environment(), timeout=60)
     assert 0.3 < read_json(tmp_path / "state.json")["phases"]["a"]["peak_memory_gib"] < 0.5
 
 
