@@ -134,7 +134,7 @@ class EvaluationConfig:
     """Named regular expressions; the share of answers that each finds is reported for sampled and real answers, and with ``answer_pattern`` how
     many of the answers with it, and of those without it, are right."""
     likelihood: dict[str, str] = dataclasses.field(default_factory=dict)
-    """More held-out SFT files by name; only the NLL of their answers is reported."""
+    """More held-out SFT files by name; only the NLL of their answers is reported, of ``num_prompts`` rows each."""
     batch_size: int = 64
     """Sequences a batch of the log-prob pass."""
     seed: int = 1234

@@ -30,6 +30,10 @@ def guard(config: Config, run_dir: RunDir, iteration: int) -> None:
     _say(verdicts, run_dir, iteration)
     with run_dir.changing_state() as state:
         state["phases"].pop(f"guard:{iteration}", None)  # from other settings: an old judgement must not stand for the new one
+        if state.get("guards", {}).get(str(iteration), {}).get("outcome") == "rollback":  # nor what it came to
+            state.pop("result", None)
+            if iteration:
+                state["result"] = result(config, run_dir, iteration - 1, "the last iteration that is complete")
         state.setdefault("guards", {})[str(iteration)] = {
             "outcome": came_to,
             "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_spin.config import Config, Engine, at_iteration, changes_forbidden
 from megatron_spin.errors import CheckpointError, ConfigError, DataError, RunDirError
+from megatron_spin.guarding import played
 from megatron_spin.plan import Plan, Step, gpu_count, processes
 from megatron_spin.run_dir import read_json
 
@@ -28,6 +29,7 @@ def check(plan: Plan, steps: Sequence[Step]) -> None:
         return
     config, root = plan.config, plan.run_dir.root
     _check_run_dir(plan)
+    _check_baselines(plan)
     _check_model(Path(config.model.hf))
     if "prepare" in todo:
         _check_data(config)
@@ -49,6 +51,19 @@ def _check_run_dir(plan: Plan) -> None:
         raise RunDirError(f"{run_dir.root} belongs to a run with other values of {', '.join(differing)}: restore them or choose another --run-dir")
 
 
+def _check_baselines(plan: Plan) -> None:
+    """A finished baseline must have the steps of as many iterations as are played now; more of them, or a rollback lifted, would make it stale."""
+    run_dir, now = plan.run_dir, played(plan.config, plan.run_dir)
+    phases = read_json(run_dir.state)["phases"] if run_dir.state.exists() else {}
+    for name, baseline in plan.config.baselines.items():
+        then = phases.get(f"train:{name}", {}).get("iterations", now)
+        if isinstance(baseline.steps, str) and then != now:
+            raise RunDirError(
+                f"baselines.{name} ({baseline.steps}) was trained with the steps of {then} iterations, but {now} are played now: give it another "
+                "name under baselines, where it is trained anew"
+            )
+
+
 def _check_model(hf: Path) -> None:
     if not (hf / "config.json").is_file():
         raise CheckpointError(f"model.hf={hf} holds no config.json: give the directory of a Hugging Face model (it is not downloaded)")
@@ -67,10 +82,14 @@ def _check_training(config: Config) -> None:
     """Device, formats, layout and batch, by the rules that training itself checks again."""
     import torch
 
-    from megatron_spin.parallel.setup import check_config
+    from megatron_spin.parallel.setup import check_config, choose_device
 
     device = torch.device("cuda" if gpu_count(config) else "cpu")
     check_config(config, device, world_size=processes(config))
+    choose_device(config.device)  # before Megatron is imported, below
+    from megatron_spin.training.optimizer import optimizer_config
+
+    optimizer_config(config, learning_rate=1.0)
 
 
 def _check_engines(config: Config, phases: Sequence[str]) -> None:

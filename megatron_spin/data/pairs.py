@@ -98,7 +98,10 @@ def load_pairs(path: Path) -> tuple[list[Pair], dict[str, Any]]:
     manifest = read_json(path / "manifest.json")
     pairs = [Pair(**row) for row in read_table(path / "pairs.parquet", SCHEMA)]
     if hash_rows(pairs) != manifest["identity"]:
-        raise RunDirError(f"{path / 'pairs.parquet'} is not what its manifest.json says: delete {path} and generate again")
+        raise RunDirError(
+            f"{path / 'pairs.parquet'} is not what its manifest.json says: restore the file, or delete {path} and generate again "
+            "(for DPO: use a new --run-dir)"
+        )
     return pairs, manifest
 
 

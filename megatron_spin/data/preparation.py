@@ -228,8 +228,9 @@ def _tokenize(path: Path, tokenizer: "PreTrainedTokenizerBase", data: DataConfig
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer.model_max_length = int(1e12)
     for sample in tqdm(samples.rows, desc=f"tokenize {path.name}", unit="row"):
-        row = _row(sample, sample.answer, tokenizer, data, limits)
-        lost = _row(sample, sample.rejected, tokenizer, data, limits) if preferences and sample.rejected is not None else None
+        where = f"{path} row {sample.index}"
+        row = _row(sample, sample.answer, tokenizer, data, limits, where)
+        lost = _row(sample, sample.rejected, tokenizer, data, limits, where) if preferences and sample.rejected is not None else None
         if isinstance(row, str) or isinstance(lost, str):
             dropped[row if isinstance(row, str) else str(lost)] += 1
             continue
@@ -246,7 +247,7 @@ def _tokenize(path: Path, tokenizer: "PreTrainedTokenizerBase", data: DataConfig
     return Tokenized(rows, rejected, counts)
 
 
-def _row(sample: Sample, text: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: Limits) -> Row | str:
+def _row(sample: Sample, text: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: Limits, where: str) -> Row | str:
     """The prompt of ``sample`` with the answer ``text``, tokenized, or the reason for dropping the row."""
     prompt = prompt_ids(tokenizer, data.template, sample.prompt, sample.system)
     answer = answer_ids(tokenizer, text, limits.end)
@@ -263,7 +264,7 @@ def _row(sample: Sample, text: str, tokenizer: "PreTrainedTokenizerBase", data: 
     highest = max(max(prompt), max(answer))
     if highest >= limits.vocabulary:
         raise DataError(
-            f"{data.path} row {sample.index}: token id {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) is not below the model's "
+            f"{where}: token id {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) is not below the model's "
             f"vocab_size={limits.vocabulary}: the tokenizer has tokens the model does not know; resize the model or use its own tokenizer"
         )
     cap = min(limits.answer, limits.total - len(prompt))

