@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_spin import cli
 from megatron_spin.config import Config, load_config
-from megatron_spin.errors import ConfigError, SpinError
+from megatron_spin.errors import ConfigError
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     driver = [str(Path(__file__).with_name("spin.sh")), arguments.config, "--run-dir", str(root), "--until", "evaluate:0", *overrides]
     status = subprocess.run(driver, env={**os.environ, "PYTHON": sys.executable}, check=False).returncode
     if status:
-        raise SpinError(f"the probe's run ended with status {status}: see the line above; the same command goes on from there")
+        sys.exit(status)  # the driver has said why
 
     from megatron_spin.report.probe import print_probe, probe
     from megatron_spin.run_dir import RunDir, write_json

@@ -1,6 +1,7 @@
 """What a probe found: the differences between real and generated answers, and whether a few steps on some of them win the others. No torch."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 from megatron_spin.config import load_config
@@ -20,9 +21,9 @@ class Probe:
     """Optimizer steps after which held-out pairs were judged."""
     held_out: int
     """Held-out pairs."""
-    accuracy: float
-    """Share of them that the policy won (margin > 0), equal ones left out."""
-    accuracy_error: float
+    accuracy: float | None
+    """Share of them that the policy won (margin > 0), equal ones left out; None where all are equal."""
+    accuracy_error: float | None
     """Its standard error."""
     ties: float
     """Share of them whose two answers are equal."""
@@ -46,9 +47,9 @@ def probe(run_dir: RunDir) -> Probe:
     real, generated = ([_ids(pair, side) for pair in pairs] for side in ("real", "generated"))
     evaluation = read_json(run_dir.target(iteration=0).eval)
     count, ties = evaluation["num_prompts"], evaluation["opponent_ties"]
-    decided = count * (1 - ties)
-    accuracy = evaluation["opponent_accuracy"] * count / decided if decided else 0.5
-    error = (accuracy * (1 - accuracy) / decided) ** 0.5 if decided else 0.0
+    decided = round(count * (1 - ties))
+    accuracy = evaluation["opponent_accuracy"] * count / decided if decided else None
+    error = math.sqrt(accuracy * (1 - accuracy) / decided) if accuracy is not None else None
     steps = read_json(run_dir.state)["phases"]["train:0"]["steps"]
     assert manifest["num_pairs"] == len(pairs)
     return Probe(differences(answers(real), answers(generated)), steps, count, accuracy, error, ties)
@@ -72,16 +73,20 @@ def lines(result: Probe) -> list[tuple[str, str, str]]:
 
 
 def verdict(result: Probe) -> list[str]:
-    """Plain sentences about what was measured. They are no promise: see docs/when-self-play-helps.md."""
+    """Plain sentences about what was measured. They are no promise: see docs/concepts.md."""
     found = result.differences
     said = [f"{found.identical:.1%} of the generated answers equal the real one, token for token: nothing is learned from those."]
+    if result.accuracy is None or result.accuracy_error is None:
+        return [*said, "No held-out pair has two different answers: there is nothing to learn."]
     accuracy = f"After {result.steps} steps the policy wins {result.accuracy:.1%} ± {result.accuracy_error:.1%} of the held-out pairs that differ"
     if result.accuracy - 2 * result.accuracy_error <= 0.5:
         said.append(f"{accuracy}: no better than chance, so it has found no difference that carries over to other prompts.")
     else:
         said.append(f"{accuracy}: there is a difference that carries over to other prompts.")
     if found.phrases:
-        said.append(f"{_strongest(found.phrases)} Self-play pushes towards the real answers' side of each difference, and beyond it for beta < 1.")
+        said.append(
+            f"{_strongest(found.phrases)} Self-play pushes towards the real answers' side of each difference, and for a small beta beyond it."
+        )
     else:
         said.append("No phrase sets the two apart beyond chance.")
     return said

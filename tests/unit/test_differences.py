@@ -1,6 +1,7 @@
 """What tells real and generated answers apart, on answers made to differ in known ways."""
 
 import random
+import zlib
 
 import pytest
 
@@ -11,7 +12,10 @@ from megatron_spin.report.probe import Probe, lines, verdict
 
 def answers(texts: list[str], *, truncated: int = 0) -> list[Answer]:
     """Answers whose token ids are as many as their words and an end token; the first ``truncated`` ones have none."""
-    return [Answer([hash(word) % 1000 for word in text.split()] + [1] * (i >= truncated), text, i < truncated) for i, text in enumerate(texts)]
+    return [
+        Answer([zlib.crc32(word.encode()) % 1000 for word in text.split()] + [1] * (i >= truncated), text, i < truncated)
+        for i, text in enumerate(texts)
+    ]
 
 
 def sentences(seed: int, count: int, opening: float) -> list[str]:
@@ -44,6 +48,14 @@ def test_lengths_ends_and_identity() -> None:
     assert (found.length_real.value, found.length_generated.value) == (3.5, pytest.approx(3.25))
     assert found.length_difference.value == pytest.approx(0.25)
     assert (found.ended_real, found.ended_generated, found.identical) == (1.0, 0.75, 0.0)
+
+
+def test_where_all_held_out_answers_are_equal_there_is_nothing_to_learn() -> None:
+    same = answers(["a b"] * 4)
+    assert (
+        verdict(Probe(differences(same, same), 10, 100, None, None, 1.0))[-1]
+        == "No held-out pair has two different answers: there is nothing to learn."
+    )
 
 
 @pytest.mark.parametrize(("accuracy", "error", "words"), [(0.55, 0.03, "no better than chance"), (0.7, 0.03, "carries over to other prompts.")])
