@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from tqdm import tqdm
 
 from examples.experiments.experiment import Arm, Experiment, read_experiment
 from megatron_spin import cli
-from megatron_spin.errors import SpinError
+from megatron_spin.errors import ConfigError, SpinError
+from megatron_spin.run_dir import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "examples" / "quickstart"
@@ -51,7 +53,7 @@ class Runner:
         hf = start / "sft" / "iteration_0" / "hf"
         if arm.after is not None:
             before = experiment.run_dir(self.root, seed, arm.after)
-            hf = before.target(iteration=len(list(before.root.glob("iteration_*"))) - 1).hf
+            hf = Path(read_json(before.state)["result"]["hf"])
         log = run_dir.root.with_name(f"{run_dir.root.name}.log")
         self._spin(log, "spin.yaml", run_dir.root, self.settings(arm, start / "data", hf))
 
@@ -74,15 +76,17 @@ class Runner:
 
     def _run(self, log: Path, command: Sequence[str]) -> None:
         environment = {**os.environ, **ONE_THREAD, "PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
+        begin = log.stat().st_size if log.exists() else 0
         with open(log, "a") as file:
             status = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False).returncode
         if status:
-            lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")] or ["no message"]
+            lines = [line for line in log.read_bytes()[begin:].decode().splitlines() if line.startswith("error: ")] or ["no message"]
             raise SpinError(f"{command[0]} ended with {status} ({lines[-1].removeprefix('error: ')}): see {log}; then run the same command again")
 
 
 def run(experiments: Sequence[Experiment], runner: Runner, *, seeds: Sequence[int] | None, jobs: int) -> None:
-    """Runs every arm of every experiment, ``jobs`` seeds at a time (a seed's runs share files); the first failure ends what has not begun."""
+    """Runs every arm of every experiment, ``jobs`` seeds at a time (a seed's runs share files); after a failure no further run begins."""
+    failed = threading.Event()
     wanted = sorted({seed for experiment in experiments for seed in experiment.seeds if seeds is None or seed in seeds})
     with (
         tqdm(total=sum(len(experiment.arms) for experiment in experiments for seed in wanted if seed in experiment.seeds), unit="run") as bar,
@@ -93,6 +97,8 @@ def run(experiments: Sequence[Experiment], runner: Runner, *, seeds: Sequence[in
             start = runner.start(seed)
             for experiment in experiments:
                 for name in experiment.arms if seed in experiment.seeds else ():
+                    if failed.is_set():
+                        return
                     runner.arm(experiment, seed, name, start)
                     bar.set_postfix_str(f"{experiment.name}, seed {seed}: {name}", refresh=False)
                     bar.update()
@@ -102,6 +108,7 @@ def run(experiments: Sequence[Experiment], runner: Runner, *, seeds: Sequence[in
             for future in concurrent.futures.as_completed(futures):
                 future.result()
         except BaseException:
+            failed.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -114,6 +121,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at a time (default: one a core, here %(default)s)")
     parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm", help="what generates (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        raise ConfigError(f"--jobs {arguments.jobs} must be greater than 0: it is how many runs go on at a time")
     experiments = [read_experiment(path) for path in arguments.experiments]
     run(experiments, Runner(arguments.out.resolve(), engine=arguments.engine), seeds=arguments.seeds, jobs=arguments.jobs)
 

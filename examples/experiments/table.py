@@ -14,6 +14,7 @@ from examples.experiments.experiment import Experiment, read_experiment
 from megatron_spin import cli
 from megatron_spin.config import load_config
 from megatron_spin.errors import RunDirError
+from megatron_spin.guarding import played, rolled_back
 from megatron_spin.report.readme import machine_name, replace_block, versions
 from megatron_spin.report.table import DASH, Table, markdown
 from megatron_spin.run_dir import RunDir, atomic_writer, read_json
@@ -74,7 +75,9 @@ def table(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table:
     """Means and spreads. The SFT model, the same in every arm of a seed, is shown once."""
     shown: dict[str, dict[int, Values]] = {}
     for name, by_seed in rows.items():
-        _, _, label = name.partition("/")
+        arm, _, label = name.partition("/")
+        if label == "sft" and experiment.arms[arm].after is not None:
+            continue  # it began with another arm's policy
         shown.setdefault("SFT" if label == "sft" else _words(experiment, name), {}).update(by_seed)
     cells = [[name, str(len(by_seed)), *(_cell(by_seed.values(), *column) for column in COLUMNS.values())] for name, by_seed in shown.items()]
     return Table(["", "seeds", *COLUMNS], cells, [])
@@ -103,6 +106,7 @@ def claims(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> list[s
         first, second = rows.get(left, {}), rows.get(right, {})
         gains = [first[seed]["exact_match_sampled"] - second[seed]["exact_match_sampled"] for seed in first if seed in second]
         if not gains:
+            lines.append(f"- {_words(experiment, left)} above {_words(experiment, right)}: not measured")
             continue
         error = f" ± {_percent(statistics.stdev(gains) / math.sqrt(len(gains)))}" if len(gains) > 1 else ""
         held = f"{sum(gain > 0 for gain in gains)} of {len(gains)} seeds, by {_percent(statistics.fmean(gains))}{error} points"
@@ -112,7 +116,7 @@ def claims(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> list[s
 
 def by_seed(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table:
     """Sampled exact match of every row and seed."""
-    names = [name for name in rows if not name.endswith("/sft") or name == f"{next(iter(experiment.arms))}/sft"]
+    names = [name for name in rows if not name.endswith("/sft") or name == f"{next(iter(experiment.arms))}/sft"]  # the same in all arms
     cells = [
         [_words(experiment, name), *(_percent(rows[name][seed]["exact_match_sampled"]) if seed in rows[name] else DASH for seed in experiment.seeds)]
         for name in names
@@ -132,7 +136,7 @@ def block(path: Path, experiment: Experiment, root: Path) -> str:
     missing = [f"{arm} (seed {seed})" for arm in experiment.arms for seed in experiment.seeds if not _complete(experiment.run_dir(root, seed, arm))]
     parts = [markdown(table(experiment, rows)), "\n".join(claims(experiment, rows)), markdown(by_seed(experiment, rows))]
     parts += [f"Not finished: {', '.join(missing)}."] if missing else []
-    parts += [f"`.venv/bin/python -m examples.experiments.run {path}`, on {machine_name()} with {versions()}."]
+    parts += [f"`.venv/bin/python -m examples.experiments.run {path}`; the table was written on {machine_name()} with {versions()}."]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -140,8 +144,9 @@ def _complete(run_dir: RunDir) -> bool:
     if not run_dir.config.exists():
         return False
     config = load_config(run_dir.config)
-    targets = [run_dir.target(baseline=name) for name in config.baselines] + [run_dir.target(iteration=t) for t in range(config.iterations)]
-    return all(target.done.exists() for target in targets)
+    done = [run_dir.target(baseline=name).done.exists() for name in config.baselines]
+    done += [run_dir.target(iteration=t).done.exists() for t in range(played(config, run_dir)) if t != rolled_back(config, run_dir)]
+    return all(done)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -84,7 +84,7 @@ TEXT
 sft_settings=() spin_settings=("parallel.tensor_model_parallel_size=$size")
 if [[ -z $DATA ]]; then
   stage 1 'word problems, some answered carefully, some by a guess'
-  if [[ -f $OUT/data/test.jsonl ]]; then
+  if [[ -f $OUT/data/preferences.jsonl ]]; then # the last of the files
     echo "$OUT/data is already there"
   else
     "$python" "$here/make_problems.py" --out "$OUT/data" --seed "$SEED"

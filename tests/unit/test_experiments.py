@@ -9,6 +9,7 @@ from examples.experiments.experiment import read_experiment
 from examples.experiments.run import Runner
 from megatron_spin.config import from_dict, load_config
 from megatron_spin.errors import ConfigError, RunDirError
+from megatron_spin.parallel.setup import choose_device
 from megatron_spin.run_dir import write_json
 from tests.support.runs import REPOSITORY
 
@@ -33,12 +34,17 @@ claims:
 def test_every_definition_can_be_read_and_names_rows_that_will_be_there(path: Path) -> None:
     experiment = read_experiment(path)
     assert experiment.title and experiment.seeds and experiment.arms
+    choose_device("cpu")  # before Megatron is imported
+    from megatron_spin.training.optimizer import optimizer_config
+
     runner = Runner(Path("out"), engine="vllm")
-    for arm in experiment.arms.values():
-        load_config(REPOSITORY / "examples/quickstart/spin.yaml", runner.settings(arm, Path("data"), Path("hf")))
-    named = {row for claim in experiment.claims for row in claim} | {row for rows in experiment.best.values() for row in rows}
-    for row in named - set(experiment.best):
-        assert row.partition("/")[0] in experiment.arms, row
+    rows = set(experiment.best)
+    for name, arm in experiment.arms.items():
+        config = load_config(REPOSITORY / "examples/quickstart/spin.yaml", runner.settings(arm, Path("data"), Path("hf")))
+        optimizer_config(config, learning_rate=1.0)
+        rows |= {f"{name}/{label}" for label in ("sft", *config.baselines, *range(config.iterations))}
+    named = {row for claim in experiment.claims for row in claim} | {row for parts in experiment.best.values() for row in parts}
+    assert named <= rows
 
 
 @pytest.fixture
@@ -79,6 +85,9 @@ def test_means_spreads_and_claims(experiment, tmp_path) -> None:
     assert lines[1].startswith("- best of all above a, sft: 2 of 2 seeds, by 20.0")
     by_seed = {row[0]: row[1:] for row in table.by_seed(experiment, rows).rows}
     assert by_seed["b, iteration 1"] == ["70.0", "50.0"]
+    measure(experiment, tmp_path, 1, "b", "sft", 0.9)  # the model that b began with is a's
+    again = {row[0]: row[1:] for row in table.table(experiment, table.measured(experiment, tmp_path)).rows}
+    assert again["SFT"] == cells["SFT"]
     assert "Not finished: a (seed 1)" in table.block(tmp_path / "t.yaml", experiment, tmp_path)
 
 
