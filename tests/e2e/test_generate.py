@@ -188,14 +188,18 @@ def test_shards_and_pairs(done):
 
 def test_several_answers_a_prompt(copy):
     config, run_dir = copy
-    config = dataclasses.replace(config, generation=dataclasses.replace(config.generation, samples=2, shard_size=20))
+    config = dataclasses.replace(config, generation=dataclasses.replace(config.generation, samples=2, shard_size=64))
     shutil.rmtree(run_dir.target(iteration=0).generated)
     generate_iteration(config, run_dir, 0)
     pairs, manifest = load_pairs(run_dir.target(iteration=0).pairs)
     assert manifest["counts"]["own"] == 80
     first, second = pairs[:40], pairs[40:]
     assert [(p.index, p.prompt_ids, p.real_ids) for p in first] == [(p.index, p.prompt_ids, p.real_ids) for p in second]
-    assert [p.generated_ids for p in first] != [p.generated_ids for p in second]
+    assert sum(p.generated_ids != q.generated_ids for p, q in zip(first, second, strict=True)) > 20
+    before, answers = shards(run_dir), run_dir.target(iteration=0).generated / "shard_00000.json"  # a shard with both answers of some prompts
+    assert len(before) == 4
+    answers.unlink()
+    assert generate_iteration(config, run_dir, 0)["generated_now"] == 1 and shards(run_dir) == before
 
 
 @pytest.mark.parametrize("damage", ["one token", "half a manifest", "no manifest", "a temporary file"])

@@ -1,5 +1,6 @@
 """Generation killed at random moments and run again gives the very shards that an undisturbed run gives."""
 
+import os
 import random
 import subprocess
 import time
@@ -33,8 +34,8 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
 def test_killed_and_run_again(tmp_path, engine):
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")
+    seed = int(os.environ.get("SPIN_TEST_SEED", random.SystemRandom().randrange(2**32)))
+    print(f"SPIN_TEST_SEED={seed}")
     chance = random.Random(seed)
     config = tiny_yaml(tmp_path, generation={"engine": engine, "max_new_tokens": 10, "shard_size": 4, "batch_size": 4})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
