@@ -124,8 +124,8 @@ def by_seed(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table
     return Table(["sampled exact match % by seed", *map(str, experiment.seeds)], cells, [])
 
 
-def block(path: Path, experiment: Experiment, root: Path) -> str:
-    """The Markdown of one experiment.
+def block(path: Path, experiment: Experiment, root: Path, *, short: bool = False) -> str:
+    """The Markdown of one experiment; the ``short`` one has the means and the claims alone.
 
     Raises:
         RunDirError: nothing of it has been measured.
@@ -134,7 +134,10 @@ def block(path: Path, experiment: Experiment, root: Path) -> str:
     if not rows:
         raise RunDirError(f"{root / experiment.name} has no finished evaluation: run examples/experiments/run.py {path} first")
     missing = [f"{arm} (seed {seed})" for arm in experiment.arms for seed in experiment.seeds if not _complete(experiment.run_dir(root, seed, arm))]
-    parts = [markdown(table(experiment, rows)), "\n".join(claims(experiment, rows)), markdown(by_seed(experiment, rows))]
+    parts = [markdown(table(experiment, rows)), "\n".join(claims(experiment, rows))]
+    if short:
+        return "\n\n".join(parts)
+    parts.append(markdown(by_seed(experiment, rows)))
     parts += [f"Not finished: {', '.join(missing)}."] if missing else []
     parts += [f"`.venv/bin/python -m examples.experiments.run {path}`; the table was written on {machine_name()} with {versions()}."]
     return "\n\n".join(part for part in parts if part)
@@ -154,13 +157,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("experiments", nargs="+", type=Path, metavar="EXPERIMENT.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="--out of run.py (default: %(default)s)")
     parser.add_argument("--docs", type=Path, nargs="*", default=[], metavar="FILE.md", help="Markdown files with the markers of these experiments")
+    parser.add_argument("--short", type=Path, nargs="*", default=[], metavar="FILE.md", help="the same, for means and claims alone")
     parsed = parser.parse_args(arguments)
     for path in parsed.experiments:
         experiment = read_experiment(path)
         text = block(path, experiment, parsed.out)
         print(f"# {experiment.title}\n\n{text}\n")
-        for document in parsed.docs:
-            replaced = replace_block(document, text, name=experiment.name)
+        shorter = block(path, experiment, parsed.out, short=True)
+        for document, content in [*((document, text) for document in parsed.docs), *((document, shorter) for document in parsed.short)]:
+            replaced = replace_block(document, content, name=experiment.name)
             with atomic_writer(document) as file:
                 file.write(replaced)
 

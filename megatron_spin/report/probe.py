@@ -73,7 +73,7 @@ def lines(result: Probe) -> list[tuple[str, str, str]]:
 
 
 def verdict(result: Probe) -> list[str]:
-    """Plain sentences about what was measured. They are no promise: see docs/concepts.md."""
+    """Plain sentences about what was measured. They are no promise: see docs/when-self-play-helps.md."""
     found = result.differences
     said = [f"{found.identical:.1%} of the generated answers equal the real one, token for token: nothing is learned from those."]
     if result.accuracy is None or result.accuracy_error is None:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from megatron_spin.config import from_dict, load_config
+from megatron_spin.report.readme import markers
 from tests.support.runs import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -52,9 +53,11 @@ def test_make_targets_exist() -> None:
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
 
 
-def test_local_links_and_pictures_exist() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")))])
+def test_local_links_and_pictures_exist(page: str) -> None:
+    path = REPOSITORY / page
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", path.read_text()) if not link.startswith("http")]
+    assert [link for link in links if not (path.parent / link).exists()] == []
 
 
 def test_the_configuration_shown_is_valid() -> None:
@@ -73,5 +76,7 @@ def test_examples_are_valid(path: Path) -> None:
 
 
 def test_markers_stand_once() -> None:
-    for marker in ("<!-- run:begin -->", "<!-- run:end -->"):
-        assert README.count(marker) == 1
+    experiments = (REPOSITORY / "docs/experiments.md").read_text()
+    for text, name in ((README, "run"), (README, "claim"), (experiments, "claim"), (experiments, "return")):
+        for marker in markers(name):
+            assert text.count(marker) == 1

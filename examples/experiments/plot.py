@@ -1,0 +1,77 @@
+"""Draws an experiment: the share of careless answers and the accuracy of the careful ones by iteration, mean and spread over the seeds."""
+
+import argparse
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+from examples.experiments.experiment import Experiment, read_experiment
+from examples.experiments.table import Values, measured
+from megatron_spin import cli
+from megatron_spin.errors import RunDirError
+from megatron_spin.report.plot import STYLE
+from megatron_spin.run_dir import atomic_writer
+
+COLORS = ("#1f6f8b", "#d1603d", "#2b2f36", "#8a919c", "#7a9e3d")
+DATA_SHARE = 20.0
+"""Percent of careless answers in the data of self-play (make_problems.py)."""
+PANELS = {"careless answers, %": "sampled", "careful answers that are right, %": "exact_match_without"}
+
+
+def series(rows: dict[str, dict[int, Values]], arm: str, key: str) -> list[tuple[float, float]]:
+    """Mean and standard deviation over the seeds, in percent: of the model that ``arm`` began with, then of each iteration."""
+    labels = ["sft", *(str(t) for t in range(len(rows)) if f"{arm}/{t}" in rows)]
+    points = []
+    for label in labels:
+        values = [100 * evaluation["patterns"]["careless"][key] for evaluation in rows[f"{arm}/{label}"].values()]
+        points.append((statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
+    return points
+
+
+def draw(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> bytes:
+    """The picture as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(1, len(PANELS), figsize=(8, 3.1), layout="constrained")
+        for place, (title, key) in zip(axes, PANELS.items(), strict=True):
+            _panel(place, {arm: series(rows, arm, key) for arm in experiment.arms if f"{arm}/sft" in rows})
+            place.set_title(title)
+        axes[0].axhline(DATA_SHARE, color="#8a919c", linewidth=1.2, linestyle="--", label="in the data")
+        axes[0].legend()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _panel(place: Any, arms: dict[str, list[tuple[float, float]]]) -> None:
+    for color, (arm, points) in zip(COLORS, arms.items(), strict=False):
+        means, spreads = [mean for mean, _ in points], [spread for _, spread in points]
+        place.errorbar(range(len(points)), means, yerr=spreads, color=color, marker="o", markersize=4, capsize=3, label=arm)
+    longest = max(map(len, arms.values()))
+    place.set_xticks(range(longest), ["SFT", *(f"SPIN {t}" for t in range(longest - 1))])
+
+
+def main() -> None:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="--out of run.py (default: %(default)s)")
+    parser.add_argument("--picture", type=Path, required=True, metavar="FILE.png")
+    arguments = parser.parse_args()
+    experiment = read_experiment(arguments.experiment)
+    rows = measured(experiment, arguments.out)
+    if not rows:
+        raise RunDirError(f"{arguments.out} has no finished evaluation of {experiment.name}: run examples/experiments/run.py first")
+    picture = draw(experiment, rows)
+    with atomic_writer(arguments.picture, "wb") as file:
+        file.write(picture)
+    print(arguments.picture)
+
+
+if __name__ == "__main__":
+    cli.run(main)
