@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tests.support.theory import best_response, divergence, gradient_path, random_policy, sft_path
+from examples.experiments.enumeration import best_response, divergence, gradient_path, random_policy, sft_path
 
 STEPS, ITERATIONS = 300, 8
 COLORS = {0.1: "#d1603d", 0.3: "#e0a458", 0.5: "#8a6fa8", 0.7: "#5b8c5a", 1.0: "#1f6f8b", 5.0: "#2b2f36"}

@@ -10,8 +10,7 @@ import math
 import pytest
 import torch
 
-from megatron_spin.spin.losses import LOSSES, loss_at_zero
-from tests.support.theory import (
+from examples.experiments.enumeration import (
     EnumeratedLlama,
     best_response,
     divergence,
@@ -27,6 +26,7 @@ from tests.support.theory import (
     spin_objective,
     theorem_5_4,
 )
+from megatron_spin.spin.losses import LOSSES, loss_at_zero
 
 BETAS = [0.1, 0.3, 0.5, 1.0, 5.0]
 SLOPE_AT_ZERO = {"logistic": -0.5, "hinge": -1.0, "exponential": -1.0, "correlation": -1.0}
