@@ -29,7 +29,8 @@ def main_weights(directory: str) -> dict[str, np.ndarray]:
     return {name: tensor.float().numpy() for name, tensor in found.items()}
 
 
-@pytest.mark.parametrize("distributed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed", [True, False])
 def test_main_weights_carry_over_unrounded(tmp_path, distributed):
     config, run = tiny_yaml(tmp_path, precision={"dtype": "bf16"}, parallel={"use_distributed_optimizer": distributed}), tmp_path / "run"
     arguments = (config, "--run-dir", run, "training.learning_rate=[1.0e-3, 1.0e-12]", "training.steps=2")
