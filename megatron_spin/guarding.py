@@ -84,8 +84,12 @@ def result(config: Config, run_dir: RunDir, iteration: int | None, why: str) -> 
 
 def describe(entry: dict[str, Any]) -> str:
     """A result in words, with its path."""
-    name = "the model that the run began with" if entry["iteration"] is None else f"iteration {entry['iteration']}"
-    return f"{name}, {entry['hf']} ({entry['why']})"
+    return f"{model_name(entry)}, {entry['hf']} ({entry['why']})"
+
+
+def model_name(entry: dict[str, Any]) -> str:
+    """Which model a result is, in words."""
+    return "the model that the run began with" if entry["iteration"] is None else f"iteration {entry['iteration']}"
 
 
 def _measures(config: Config, run_dir: RunDir, iteration: int) -> Measures:

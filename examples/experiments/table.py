@@ -16,6 +16,7 @@ from megatron_spin.config import load_config
 from megatron_spin.errors import RunDirError
 from megatron_spin.guarding import played, rolled_back
 from megatron_spin.report.readme import machine_name, replace_block, versions
+from megatron_spin.report.results import players
 from megatron_spin.report.table import DASH, Table, markdown
 from megatron_spin.run_dir import RunDir, atomic_writer, read_json
 
@@ -65,10 +66,7 @@ def measured(experiment: Experiment, root: Path) -> dict[str, dict[int, Values]]
 def _evaluations(run_dir: RunDir) -> dict[str, Values]:
     if not run_dir.config.exists():
         return {}
-    config = load_config(run_dir.config)
-    targets = [run_dir.target(baseline=name) for name in ("sft", *config.baselines)]
-    targets += [run_dir.target(iteration=t) for t in range(config.iterations)]
-    return {target.label: read_json(target.eval) for target in targets if target.eval.exists()}
+    return {target.label: read_json(target.eval) for _, target in players(load_config(run_dir.config), run_dir) if target.eval.exists()}
 
 
 def table(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from megatron_spin.config import load_config
-from megatron_spin.data.pairs import Pair, load_pairs
+from megatron_spin.data.pairs import load_pairs
 from megatron_spin.data.templates import load_tokenizer
 from megatron_spin.evaluation.differences import Differences, Phrase, differences
 from megatron_spin.evaluation.metrics import Answer
@@ -36,7 +36,7 @@ def probe(run_dir: RunDir) -> Probe:
         RunDirError: a phase of it has not run.
     """
     config = load_config(run_dir.config)
-    pairs, manifest = load_pairs(run_dir.target(iteration=0).pairs)
+    pairs, _ = load_pairs(run_dir.target(iteration=0).pairs)
     tokenizer = load_tokenizer(Path(config.model.hf))
     end = read_json(run_dir.data / "manifest.json")["end_token_id"]
 
@@ -44,19 +44,14 @@ def probe(run_dir: RunDir) -> Probe:
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [Answer(item, str(text), item[-1] != end) for item, text in zip(ids, texts, strict=True)]
 
-    real, generated = ([_ids(pair, side) for pair in pairs] for side in ("real", "generated"))
+    found = differences(answers([pair.real_ids for pair in pairs]), answers([pair.generated_ids for pair in pairs]))
     evaluation = read_json(run_dir.target(iteration=0).eval)
     count, ties = evaluation["num_prompts"], evaluation["opponent_ties"]
     decided = round(count * (1 - ties))
     accuracy = evaluation["opponent_accuracy"] * count / decided if decided else None
     error = math.sqrt(accuracy * (1 - accuracy) / decided) if accuracy is not None else None
     steps = read_json(run_dir.state)["phases"]["train:0"]["steps"]
-    assert manifest["num_pairs"] == len(pairs)
-    return Probe(differences(answers(real), answers(generated)), steps, count, accuracy, error, ties)
-
-
-def _ids(pair: Pair, side: str) -> list[int]:
-    return pair.real_ids if side == "real" else pair.generated_ids
+    return Probe(found, steps, count, accuracy, error, ties)
 
 
 def lines(result: Probe) -> list[tuple[str, str, str]]:

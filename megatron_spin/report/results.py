@@ -12,6 +12,7 @@ from megatron_spin.config import Config, load_config
 from megatron_spin.data.prepared import load_rows
 from megatron_spin.data.templates import load_tokenizer
 from megatron_spin.errors import RunDirError
+from megatron_spin.guarding import model_name
 from megatron_spin.run_dir import RunDir, Target, read_json
 
 
@@ -133,8 +134,7 @@ def _notes(state: dict[str, Any]) -> list[str]:
             if verdict["tripped"]:
                 notes.append(f"Guard {verdict['guard']} ({verdict['action']}) after SPIN {iteration}: {verdict['said']}.")
     if (result := state.get("result")) is not None:
-        name = "the model that the run began with" if result["iteration"] is None else f"iteration {result['iteration']}"
-        notes.append(f"The result is {name} ({result['why']}).")
+        notes.append(f"The result is {model_name(result)} ({result['why']}).")
     return notes
 
 
