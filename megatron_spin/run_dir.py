@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_spin import machine
 from megatron_spin.config import Config, changes_forbidden, to_yaml
 from megatron_spin.errors import RunDirError
 
@@ -184,7 +185,7 @@ class RunDir:
         return self.state.exists() and phase in read_json(self.state)["phases"]
 
     def mark_done(self, phase: str, *, seconds: float, **details: Any) -> None:
-        """Records that ``phase`` has finished, and the memory it took; the last thing a phase does.
+        """Records that ``phase`` has finished, the memory it took, and the machine if it is a new one; the last thing a phase does.
 
         ``seconds`` of wall time and ``details`` (plain data) are kept. ``peak_memory_gib`` is that of the largest process seen from the calling
         one: with several ranks, of rank 0.
@@ -193,6 +194,9 @@ class RunDir:
         measured = {"finished": finished, "seconds": round(seconds, 3), "peak_memory_gib": round(peak_memory(), 3)}
         with self.changing_state() as state:
             state["phases"][phase] = {**measured, **details}
+            machines: list[str] = state.setdefault("machines", [])
+            if (here := machine.describe()) not in machines:
+                machines.append(here)
 
     @contextlib.contextmanager
     def changing_state(self) -> Iterator[dict[str, Any]]:

