@@ -121,11 +121,14 @@ class GenerationConfig:
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     path: str | None = None
-    """Held-out SFT data; null: ``held_out_fraction`` of ``data.path``."""
+    """Held-out SFT data; null: ``held_out_fraction`` of ``data.path``. For ``training.objective: dpo`` rows of prompt/chosen/rejected also tell
+    which of the two the model prefers."""
     held_out_fraction: float = 0.0
     """Share of ``data.path`` held out when ``path`` is null; 0 and no path: no evaluation."""
     num_prompts: int | None = 512
     """How many held-out prompts to use; null: all."""
+    max_new_tokens: int | None = None
+    """Longest held-out answer, real or generated, in tokens; null: iteration 0's ``generation.max_new_tokens``."""
     samples: int = 1
     """Sampled answers a prompt, at temperature 1, for ``exact_match_sampled`` and ``patterns``."""
     answer_pattern: str | None = None
@@ -230,6 +233,11 @@ class Config:
     def iterations(self) -> int:
         """Rounds to run: DPO and plain SFT are one."""
         return self.spin.iterations if self.training.objective == "spin" else 1
+
+    @property
+    def held_out_cap(self) -> int:
+        """Longest held-out answer, real or generated, in tokens: one for all models, else they could not be compared."""
+        return self.evaluation.max_new_tokens or at_iteration(self.generation.max_new_tokens, 0)
 
 
 RESUMABLE = (
@@ -402,7 +410,7 @@ def _check(config: Config) -> None:
         **{f"spin.{name}": getattr(spin, name) for name in ("iterations", "beta")},
         **{f"generation.{name}": getattr(generation, name) for name in ("max_new_tokens", "samples", "shard_size", "batch_size", "top_p")},
         **{f"data.{name}": getattr(data, name) for name in ("max_length", "num_prompts", "max_prompt_length", "max_answer_length")},
-        **{f"evaluation.{name}": getattr(config.evaluation, name) for name in ("num_prompts", "samples", "batch_size")},
+        **{f"evaluation.{name}": getattr(config.evaluation, name) for name in ("num_prompts", "max_new_tokens", "samples", "batch_size")},
     }
     for key, value in positive.items():
         for item in value if isinstance(value, list) else [value]:

@@ -2,7 +2,7 @@
 
 ``state.json`` holds, under ``guards``, each iteration's verdicts, what they came to, and the settings they were made with; under ``result``,
 which model the run has come to. Verdicts stand while those settings stand: with others the phase is to be done again, unless the policy has
-already become the opponent (``rotate:T`` is done).
+already become the opponent (``rotate:T`` is done; ``finish:0`` for DPO, whose one iteration is guarded alike).
 """
 
 import dataclasses
@@ -15,6 +15,9 @@ from megatron_spin.config import Config, at_iteration, has_evaluation
 from megatron_spin.errors import GuardError, RunDirError
 from megatron_spin.guards import Measures, Verdict, judge, outcome
 from megatron_spin.run_dir import RunDir, read_json
+
+ENDS = ("rotate", "finish")
+"""Phases that complete an iteration: of self-play, and of DPO."""
 
 
 def guard(config: Config, run_dir: RunDir, iteration: int) -> None:
@@ -59,7 +62,7 @@ def settled(config: Config, run_dir: RunDir, iteration: int) -> bool:
     """Whether the guards have judged ``iteration`` and the judgement stands."""
     if not run_dir.is_done(f"guard:{iteration}"):
         return False
-    return run_dir.is_done(f"rotate:{iteration}") or _record(run_dir, iteration).get("settings") == _settings(config)
+    return any(run_dir.is_done(f"{end}:{iteration}") for end in ENDS) or _record(run_dir, iteration).get("settings") == _settings(config)
 
 
 def rolled_back(config: Config, run_dir: RunDir) -> int | None:
@@ -93,8 +96,11 @@ def model_name(entry: dict[str, Any]) -> str:
 
 
 def _measures(config: Config, run_dir: RunDir, iteration: int) -> Measures:
-    if config.training.objective != "spin" or not 0 <= iteration < config.iterations:
-        raise RunDirError(f"iteration {iteration} has nothing to guard: the config has iterations 0 to {config.iterations - 1} of self-play")
+    if config.training.objective == "sft" or not 0 <= iteration < config.iterations:
+        raise RunDirError(
+            f"iteration {iteration} has nothing to guard: the config has iterations 0 to {config.iterations - 1} of "
+            f"training.objective={config.training.objective}, and guards are for spin and dpo"
+        )
     evaluates = has_evaluation(config)
     for phase in ("train", "export", *(["evaluate"] if evaluates else [])):
         if not run_dir.is_done(f"{phase}:{iteration}"):

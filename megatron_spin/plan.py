@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_spin.config import Config, has_evaluation
 from megatron_spin.errors import ConfigError, DeviceError, RunDirError
-from megatron_spin.guarding import describe, result, rolled_back, settled
+from megatron_spin.guarding import ENDS, describe, result, rolled_back, settled
 from megatron_spin.run_dir import RunDir, read_json, write_json
 
 TRAINING = {
@@ -87,20 +87,21 @@ class Plan:
         yield self._step("prepare", "read, check and tokenize the data", "prepare.py")
         base = ("--hf", config.model.hf, "--checkpoint", str(self.run_dir.base))
         yield self._bare("import", "turn the Hugging Face model into a Megatron checkpoint", "import_hf.py", *base)
-        if objective != "sft" and evaluates:
+        plays = objective != "sft"
+        if plays and evaluates:
             yield self._step("evaluate:sft", "measure the model that the run begins with", "evaluate.py", "--baseline", "sft")
         for iteration in range(config.iterations):
             if spin:
                 what = "the opponent answers every prompt"
                 yield self._step(f"generate:{iteration}", what, "generate.py", "--iteration", str(iteration))
             yield from self._train_and_measure(f"{iteration}", "--iteration", TRAINING[objective])
-            if spin:
+            if plays:
                 yield self._step(f"guard:{iteration}", "look whether the policy is fit to go on with", "guard.py", "--iteration", str(iteration))
             last = iteration + 1 == config.iterations
             what = "the run's last policy is complete" if last else f"the policy becomes the opponent of iteration {iteration + 1}"
             yield self._finish("rotate" if spin else "finish", str(iteration), what)
         # The baselines come last: whoever started a self-play wants its result first, and they share nothing with it but data and base.
-        for name in config.baselines if objective != "sft" else ():
+        for name in config.baselines if plays else ():
             yield from self._train_and_measure(name, "--baseline", f"continue SFT to compare with ({config.baselines[name].steps})")
             yield self._finish("finish", name, "the baseline is complete")
 
@@ -128,9 +129,9 @@ class Plan:
 
 
 def _comes_after(phase: str, iteration: int) -> bool:
-    """Whether ``phase`` would go on from ``iteration``: its rotation, or anything of a later one."""
+    """Whether ``phase`` would go on from ``iteration``: its end, or anything of a later one."""
     kind, _, label = phase.partition(":")
-    return label.isdigit() and (int(label) > iteration or (int(label) == iteration and kind == "rotate"))
+    return label.isdigit() and (int(label) > iteration or (int(label) == iteration and kind in ENDS))
 
 
 def replica_size(config: Config) -> int:

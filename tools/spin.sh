@@ -7,7 +7,7 @@ usage() {
 usage: tools/spin.sh CONFIG.yaml [--run-dir DIR] [--dry-run] [--until PHASE:T] [key=value ...]
 
 Runs self-play fine-tuning: prepare, import, then for each iteration T generate:T, train:T, export:T, evaluate:T, guard:T and rotate:T, then the
-baselines (with training.objective=dpo or sft one iteration without generate:0 and guard:0).
+baselines (with training.objective=dpo one iteration without generate:0, with sft without guard:0, too).
 A phase that is done is skipped, so the same command continues a run that was stopped or killed.
 
   CONFIG.yaml       the configuration, see examples/configs/; megatron_spin/config.py lists its keys

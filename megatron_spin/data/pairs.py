@@ -62,7 +62,7 @@ def build_pairs(
     pairs = [*kept, *previous]
     if not kept:
         raise DataError(
-            f"none of {len(own)} generated answers ended within generation.max_new_tokens, and generation.truncated=drop leaves none: "
+            f"none of the opponent's {len(own)} answers ended within generation.max_new_tokens, and generation.truncated=drop leaves none: "
             "raise the one or set the other to keep"
         )
     counts = {

@@ -7,13 +7,13 @@ import os
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tqdm import tqdm
 
-from megatron_spin.config import Config, DataConfig
-from megatron_spin.data.pairs import BuiltPairs, Pair
-from megatron_spin.data.prepared import Row, hash_rows, save_rows
+from megatron_spin.config import Config, DataConfig, Truncated, at_iteration
+from megatron_spin.data.pairs import BuiltPairs, build_pairs
+from megatron_spin.data.prepared import REJECTED, Row, hash_rows, save_rows
 from megatron_spin.data.reading import Sample, read_samples
 from megatron_spin.data.templates import answer_ids, end_token_id, ends_inside, load_tokenizer, prompt_ids, tokenizer_sha
 from megatron_spin.errors import CheckpointError, ConfigError, DataError
@@ -21,6 +21,8 @@ from megatron_spin.run_dir import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Rejected: TypeAlias = Literal["needed", "taken", "ignored"]
 
 DROPPED = {
     "empty_prompt": "prompt is empty",
@@ -67,6 +69,8 @@ class Prepared:
     train: list[Row]
     evaluation: list[Row]
     """Empty where the config asks for no evaluation."""
+    rejected: list[Row]
+    """For DPO, the prompts of ``evaluation`` with the rejected answers in the real ones' place; empty where the held-out data have none."""
     likelihood: dict[str, list[Row]]
     """The rows of each file of ``evaluation.likelihood``."""
     pairs: BuiltPairs | None
@@ -75,9 +79,12 @@ class Prepared:
     """Template, end token, tokenizer sha, ``identity`` and ``eval_identity``, counts of both files."""
 
     def save(self, directory: Path) -> None:
-        """Writes ``train.parquet``, ``eval.parquet``, one ``likelihood_NAME.parquet`` a file and last ``manifest.json`` into ``directory``."""
+        """Writes ``train.parquet``, ``eval.parquet``, ``eval_rejected.parquet`` if there is any, one ``likelihood_NAME.parquet`` a file and last
+        ``manifest.json`` into ``directory``."""
         save_rows(directory / "train.parquet", self.train)
         save_rows(directory / "eval.parquet", self.evaluation)
+        if self.rejected:
+            save_rows(directory / REJECTED, self.rejected)
         for name, rows in self.likelihood.items():
             save_rows(directory / f"likelihood_{name}.parquet", rows)
         write_json(directory / "manifest.json", self.manifest)
@@ -94,18 +101,24 @@ def prepare(config: Config) -> Prepared:
     hf = Path(config.model.hf)
     tokenizer, limits = _limits(config, hf)
     dpo = config.training.objective == "dpo"
-    train = _tokenize(Path(config.data.path), tokenizer, config.data, limits, preferences=dpo)
-    if config.evaluation.path is not None:
-        held_out: Tokenized | None = _tokenize(Path(config.evaluation.path), tokenizer, config.data, limits)
-        rows, held = train.rows, held_out.rows if held_out else []
+    path, held_path = Path(config.data.path), config.evaluation.path
+    train = _tokenize(path, tokenizer, config.data, limits, rejected="needed" if dpo else "ignored")
+    held_limits = dataclasses.replace(limits, answer=config.held_out_cap)
+    if held_path is not None:
+        source = _tokenize(Path(held_path), tokenizer, config.data, held_limits, rejected="taken" if dpo else "ignored")
+        rows, held = train.rows, source.rows
     else:
-        held_out = None
-        rows, held = _split(train.rows, config.evaluation.held_out_fraction, config.data.seed)
+        rows, left_out = _split(train.rows, config.evaluation.held_out_fraction, config.data.seed)
+        same = held_limits == limits
+        source = train if same else _tokenize(path, tokenizer, config.data, held_limits, rejected="taken" if dpo else "ignored")
+        indices = {row.index for row in left_out}
+        held = [row for row in source.rows if row.index in indices]
     drawn = _draw(rows, config.data.num_prompts, config.data.seed)
     evaluated = _draw(held, config.evaluation.num_prompts, config.evaluation.seed)
     _check_some(config, train, drawn, held)
-    likelihood = {name: _likelihood_rows(name, Path(path), tokenizer, config, limits) for name, path in config.evaluation.likelihood.items()}
-    pairs = _pairs(drawn, train.rejected) if dpo else None
+    likelihood = {name: _likelihood_rows(name, Path(file), tokenizer, config, held_limits) for name, file in config.evaluation.likelihood.items()}
+    pairs = _pairs(drawn, train.rejected, at_iteration(config.generation.truncated, 0)) if dpo else None
+    rejected = [source.rejected[row.index] for row in evaluated] if source.rejected else []
 
     manifest = {
         "template": config.data.template,
@@ -127,12 +140,13 @@ def prepare(config: Config) -> Prepared:
             **({"pairs": pairs.counts} if pairs else {}),
         },
         "eval_counts": {
-            **(held_out.counts if held_out else {}),
+            **(source.counts if held_path is not None else {}),
             "kept": len(evaluated),
+            **({"with_rejected": len(rejected)} if dpo else {}),
             "prompts_also_trained_on": _overlap(drawn, evaluated),
         },
     }
-    return Prepared(drawn, evaluated, likelihood, pairs, manifest)
+    return Prepared(drawn, evaluated, rejected, likelihood, pairs, manifest)
 
 
 def describe(manifest: dict[str, Any], config: Config) -> str:
@@ -148,10 +162,12 @@ def describe(manifest: dict[str, Any], config: Config) -> str:
     lines += [("usable rows whose answer was cut", counts["capped"]), ("usable rows whose prompt came before", counts["duplicates"])]
     if "pairs" in counts:
         lines += [("rejected answers that were cut", counts["pairs"]["truncated"]), ("pairs of equal answers", counts["pairs"]["identical"])]
+        lines += [("pairs left out (generation.truncated=drop)", counts["pairs"]["dropped"])] if counts["pairs"]["dropped"] else []
     if "read" in evaluation:
         lines += [("evaluation rows read", evaluation["read"])]
         lines += [(f"  dropped: {_reason(reason, config)}", count) for reason, count in evaluation["dropped"].items()]
     lines += [("prompts to evaluate on", evaluation["kept"])]
+    lines += [("  of these with a rejected answer", evaluation["with_rejected"])] if "with_rejected" in evaluation else []
     lines += [("  of these also trained on", evaluation["prompts_also_trained_on"])] if evaluation["prompts_also_trained_on"] else []
     lines += [(f"answers of {name} for their NLL alone", part["kept"]) for name, part in manifest["likelihood"].items()]
     width = max(len(text) for text, _ in lines)
@@ -209,34 +225,41 @@ def _check_end(model: dict[str, Any], generation: dict[str, Any] | None, tokeniz
         )
 
 
-def _pairs(rows: Sequence[Row], rejected: dict[int, Row]) -> BuiltPairs:
+def _pairs(rows: Sequence[Row], rejected: dict[int, Row], truncated: Truncated) -> BuiltPairs:
     """Pairs of ``rows`` with their rejected answers, which stand where self-play has the generated ones."""
-    pairs = []
-    for row in rows:
-        lost = rejected[row.index]
-        pairs.append(Pair(row.index, 0, row.prompt_ids, row.real_ids, lost.real_ids, "length" if lost.real_truncated else "stop"))
-    counts = {"truncated": sum(pair.finish_reason == "length" for pair in pairs)}
-    return BuiltPairs(pairs, {**counts, "identical": sum(pair.real_ids == pair.generated_ids for pair in pairs)})
+    lost = [rejected[row.index] for row in rows]
+    given = [
+        {
+            "index": row.index,
+            "prompt_ids": row.prompt_ids,
+            "real_ids": row.real_ids,
+            "generated_ids": answer.real_ids,
+            "finish_reason": "length" if answer.real_truncated else "stop",
+        }
+        for row, answer in zip(rows, lost, strict=True)
+    ]
+    return build_pairs(given, iteration=0, truncated=truncated)
 
 
-def _tokenize(path: Path, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: Limits, *, preferences: bool = False) -> Tokenized:
-    samples = read_samples(path, preferences=preferences)
+def _tokenize(path: Path, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: Limits, *, rejected: Rejected = "ignored") -> Tokenized:
+    """The usable rows of ``path``; with ``rejected`` needed every row must have a rejected answer, with taken the file may have them."""
+    samples = read_samples(path, preferences=rejected == "needed")
     dropped = collections.Counter(samples.dropped)
     rows: list[Row] = []
-    rejected: dict[int, Row] = {}
+    lost_rows: dict[int, Row] = {}
     # Fast tokenizers warn once about texts beyond the model's length; over-long rows are counted here instead.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer.model_max_length = int(1e12)
     for sample in tqdm(samples.rows, desc=f"tokenize {path.name}", unit="row"):
         where = f"{path} row {sample.index}"
         row = _row(sample, sample.answer, tokenizer, data, limits, where)
-        lost = _row(sample, sample.rejected, tokenizer, data, limits, where) if preferences and sample.rejected is not None else None
+        lost = _row(sample, sample.rejected, tokenizer, data, limits, where) if rejected != "ignored" and sample.rejected is not None else None
         if isinstance(row, str) or isinstance(lost, str):
             dropped[row if isinstance(row, str) else str(lost)] += 1
             continue
         rows.append(row)
         if lost is not None:
-            rejected[row.index] = lost
+            lost_rows[row.index] = lost
     counts = {
         "read": samples.read,
         "format": samples.format,
@@ -244,7 +267,7 @@ def _tokenize(path: Path, tokenizer: "PreTrainedTokenizerBase", data: DataConfig
         "capped": sum(row.real_truncated for row in rows),
         "duplicates": len(rows) - len({tuple(row.prompt_ids) for row in rows}),
     }
-    return Tokenized(rows, rejected, counts)
+    return Tokenized(rows, lost_rows, counts)
 
 
 def _row(sample: Sample, text: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: Limits, where: str) -> Row | str:

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from megatron_spin.errors import RunDirError
 from megatron_spin.run_dir import atomic_writer
 
+REJECTED = "eval_rejected.parquet"
+"""Beside ``eval.parquet``: the same prompts with the rejected answers."""
 TOKENS = pa.list_(pa.int32())
 SCHEMA = pa.schema([("index", pa.int64()), ("prompt_ids", TOKENS), ("real_ids", TOKENS), ("real_truncated", pa.bool_())])
 

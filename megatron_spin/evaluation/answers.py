@@ -123,11 +123,11 @@ def _key(config: Config, player: Player, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _settings(config: Config, player: Player) -> dict[str, Any]:
-    """How ``player`` answers. All are cut where the real answers were, at iteration 0's length: else they could not be compared."""
+    """How ``player`` answers; all are cut where the real answers were."""
     engine: Engine = at_iteration(config.generation.engine, player.target.iteration or 0)
     return {
         "dtype": config.precision.export_dtype,
         "engine": engine,
-        "max_new_tokens": at_iteration(config.generation.max_new_tokens, 0),
+        "max_new_tokens": config.held_out_cap,
         "seed": config.evaluation.seed,
     }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_spin.config import Config, at_iteration
-from megatron_spin.data.prepared import Row, load_rows
+from megatron_spin.data.prepared import REJECTED, Row, load_rows
 from megatron_spin.errors import CheckpointError, DataError, GateError
 from megatron_spin.evaluation.answers import Player, held_out_answers
 from megatron_spin.evaluation.metrics import Answer, margins, mean, nll_per_token, sample_metrics
@@ -42,7 +42,7 @@ def evaluate(config: Config, run_dir: RunDir, player: Player) -> dict[str, Any]:
     end_token_id = read_json(run_dir.data / "manifest.json")["end_token_id"]
     passes = held_out_answers(config, player, rows, end_token_id=end_token_id)
     greedy, sampled = passes["greedy"], [passes[f"sampled_{k}"] for k in range(config.evaluation.samples)]
-    played = held_out_answers(config, opponent, rows, end_token_id=end_token_id, only="sampled_0")["sampled_0"] if opponent else None
+    lost = _opponents_answers(config, run_dir, opponent, rows, end_token_id) if opponent else None
 
     decode = _decoder(player.hf)
     real = [Answer(row.real_ids, decode(row.real_ids), row.real_truncated) for row in rows]
@@ -51,7 +51,7 @@ def evaluate(config: Config, run_dir: RunDir, player: Player) -> dict[str, Any]:
     result: dict[str, Any] = {
         "model": player.identity,
         "num_prompts": len(rows),
-        **_scores(config, rows, likelihood, player, opponent, played, device),
+        **_scores(config, rows, likelihood, player, opponent if lost else None, lost or [], device),
         **sample_metrics(
             real,
             greedy_answers,
@@ -65,7 +65,7 @@ def evaluate(config: Config, run_dir: RunDir, player: Player) -> dict[str, Any]:
         for i, row in enumerate(rows[:SHOWN]):
             shown = {"index": row.index, "prompt": decode(row.prompt_ids), "real": real[i].text}
             shown |= {"greedy": greedy_answers[i].text, "sampled": sampled_answers[i][0].text}
-            shown |= {"opponent": decode(played[i].token_ids)} if played else {}
+            shown |= {"rejected" if config.training.objective == "dpo" else "opponent": decode(lost[i])} if lost else {}
             answers = {"real": real[i], "greedy": greedy_answers[i], "sampled": sampled_answers[i][0]}
             shown["cut"] = [name for name, answer in answers.items() if answer.truncated]
             file.write(json.dumps(shown, ensure_ascii=False) + "\n")
@@ -90,18 +90,27 @@ def _opponent(config: Config, run_dir: RunDir, player: Player) -> Player | None:
     return opponent
 
 
+def _opponents_answers(config: Config, run_dir: RunDir, opponent: Player, rows: Sequence[Row], end_token_id: int) -> list[list[int]] | None:
+    """What stands against the real answer of each row: a sample of the opponent, or DPO's rejected answer (None where the data have none)."""
+    if config.training.objective == "spin":
+        samples = held_out_answers(config, opponent, rows, end_token_id=end_token_id, only="sampled_0")["sampled_0"]
+        return [list(sample.token_ids) for sample in samples]
+    path = run_dir.data / REJECTED
+    return [row.real_ids for row in load_rows(path)[: len(rows)]] if path.exists() else None
+
+
 def _scores(
     config: Config,
     rows: Sequence[Row],
     likelihood: dict[str, list[Row]],
     player: Player,
     opponent: Player | None,
-    played: Sequence[Completion] | None,
+    lost: Sequence[list[int]],
     device: torch.device,
 ) -> dict[str, Any]:
     """What log-probs tell: likelihood of the real answers, and who wins against the opponent."""
     real = [(row.prompt_ids, row.real_ids) for row in rows]
-    generated = [(row.prompt_ids, answer.token_ids) for row, answer in zip(rows, played or [], strict=played is not None)]
+    generated = [(row.prompt_ids, answer) for row, answer in zip(rows, lost, strict=opponent is not None)]
     more = {name: [(row.prompt_ids, row.real_ids) for row in extra] for name, extra in likelihood.items()}
     policy_logps, *others = _sequence_logps(config, player.hf, [real + generated, *more.values()], device)
     nll = nll_per_token(policy_logps[: len(rows)], [len(row.real_ids) for row in rows])
@@ -114,7 +123,7 @@ def _scores(
         beta: float = at_iteration(config.spin.beta, player.target.iteration)
         count = len(rows)
         won = margins(policy_logps[:count], opponent_logps[:count], policy_logps[count:], opponent_logps[count:], beta=beta)
-        equal = [list(row.real_ids) == list(answer.token_ids) for row, answer in zip(rows, played or [], strict=True)]
+        equal = [list(row.real_ids) == list(answer) for row, answer in zip(rows, lost, strict=True)]
         won = [0.0 if same else item for same, item in zip(equal, won, strict=True)]  # rounding must not decide who wins a tie
         accuracy, margin = mean([item > 0 for item in won]), mean(won)
         result |= {"opponent": opponent.identity, "opponent_accuracy": accuracy.value, "opponent_accuracy_error": accuracy.error}

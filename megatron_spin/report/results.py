@@ -106,7 +106,7 @@ def read_results(root: Path) -> Results:
         phases=[Phase(name, float(phase["seconds"]), memory=phase.get("peak_memory_gib")) for name, phase in phases.items()],
         data_patterns=patterns,
         prompts=prompts,
-        notes=_notes(state),
+        notes=_notes(state, "SPIN {}" if config.training.objective == "spin" else "DPO"),
         finished=max((phase["finished"] for phase in phases.values()), default=""),
         machines=state.get("machines", []),
     )
@@ -130,12 +130,12 @@ def players(config: Config, run_dir: RunDir) -> list[tuple[str, Target]]:
     return targets + [("DPO" if method == "dpo" else f"{method.upper()} {t}", run_dir.target(iteration=t)) for t in range(config.iterations)]
 
 
-def _notes(state: dict[str, Any]) -> list[str]:
+def _notes(state: dict[str, Any], model: str) -> list[str]:
     notes = []
     for iteration, judged in sorted(state.get("guards", {}).items(), key=lambda item: int(item[0])):
         for verdict in judged["verdicts"]:
             if verdict["tripped"]:
-                notes.append(f"Guard {verdict['guard']} ({verdict['action']}) after SPIN {iteration}: {verdict['said']}.")
+                notes.append(f"Guard {verdict['guard']} ({verdict['action']}) after {model.format(iteration)}: {verdict['said']}.")
     if (result := state.get("result")) is not None:
         notes.append(f"The result is {model_name(result)} ({result['why']}).")
     return notes

@@ -56,7 +56,16 @@ def test_spin_then_dpo(tmp_path: Path) -> None:
     assert "generate" not in plan and not (tmp_path / "dpo").exists()
     driver(tmp_path, "dpo", dpo)
     run = tmp_path / "dpo"
-    assert list(read_json(run / "state.json")["phases"]) == ["prepare", "import", "evaluate:sft", "train:0", "export:0", "evaluate:0", "finish:0"]
+    assert list(read_json(run / "state.json")["phases"]) == [
+        "prepare",
+        "import",
+        "evaluate:sft",
+        "train:0",
+        "export:0",
+        "evaluate:0",
+        "guard:0",
+        "finish:0",
+    ]
     first, second = metrics(run / "iteration_0/metrics.jsonl")
     assert first["margin"] == pytest.approx(0, abs=1e-5) and first["loss"] > math.log(2) + 0.1 and second["loss"] != first["loss"]
     opponent = read_json(run / "iteration_0/pairs/manifest.json")["opponent"]
@@ -64,4 +73,10 @@ def test_spin_then_dpo(tmp_path: Path) -> None:
     assert (run / "iteration_0/DONE").exists() and (run / "iteration_0/pairs/scores.safetensors").exists()
     results = read_results(run)
     assert [model.name for model in results.evaluated] == ["start", "DPO"]
-    assert json.loads((run / "iteration_0/eval.json").read_text())["opponent_accuracy"] is not None
+    measured = read_json(run / "iteration_0/eval.json")
+    assert measured["opponent"] == opponent and measured["opponent_ties"] == 0
+    assert measured["opponent_accuracy"] == 1.0  # held out are four of the pairs trained on: chosen likelier, rejected less than to the reference
+    shown = [json.loads(line) for line in (run / "iteration_0/samples.jsonl").read_text().splitlines()]
+    assert [row["rejected"] for row in shown] == [pairs[row["index"]]["rejected"] for row in shown]
+    judged = read_json(run / "state.json")["guards"]["0"]["verdicts"]
+    assert len(judged) == 7 and all(verdict["tripped"] is not None for verdict in judged)

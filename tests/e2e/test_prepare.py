@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megatron_spin.config import from_dict
-from megatron_spin.data.preparation import prepare
+from megatron_spin.data.preparation import describe, prepare
 from megatron_spin.data.prepared import load_rows
 from megatron_spin.errors import CheckpointError, ConfigError, DataError
 from megatron_spin.run_dir import read_json
@@ -84,6 +84,58 @@ def test_rows_with_long_answers_are_dropped_rather_than_cut(model, tmp_path):
     assert all(row.real_ids[-1] == EOS_ID for row in short.train + short.evaluation)
     with pytest.raises(DataError, match="30 answer longer than 1 tokens"):
         prepare(from_dict(raw(model, path, max_answer_length=1)))
+
+
+def preferences(count):
+    return [
+        {"prompt": won["prompt"], "chosen": won["response"], "rejected": lost["response"]}
+        for won, lost in zip(sft_rows(count), sft_rows(count, seed=5), strict=True)
+    ]
+
+
+def dpo(model, path, **generation):
+    config = raw(model, path)
+    config["generation"] |= generation
+    return config | {"training": {"objective": "dpo"}}
+
+
+def test_held_out_preferences_keep_their_rejected_answers(model, tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", preferences(20))
+    config = dpo(model, path, max_new_tokens=20)
+    split = prepare(from_dict(config))
+    assert len(split.rejected) == len(split.evaluation) == split.manifest["eval_counts"]["with_rejected"] == 4
+    config["evaluation"] = {"path": str(path), "num_prompts": 7}
+    given = prepare(from_dict(config))
+    assert len(given.evaluation) == 7
+    for row, lost in [*zip(split.evaluation, split.rejected, strict=True), *zip(given.evaluation, given.rejected, strict=True)]:
+        assert (row.index, row.prompt_ids) == (lost.index, lost.prompt_ids)
+        assert len(lost.real_ids) == len(preferences(20)[row.index]["rejected"].split()) + 1
+    given.save(tmp_path)
+    assert load_rows(tmp_path / "eval_rejected.parquet") == given.rejected
+
+    config["evaluation"] = {"path": str(write_jsonl(tmp_path / "sft.jsonl", sft_rows(9)))}
+    without = prepare(from_dict(config))
+    assert without.evaluation and not without.rejected
+    without.save(tmp_path / "other")
+    assert not (tmp_path / "other/eval_rejected.parquet").exists()
+
+
+def test_rejected_answers_that_were_cut_can_be_left_out(model, tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", preferences(20))
+    keep, drop = (prepare(from_dict(dpo(model, path, truncated=truncated))) for truncated in ("keep", "drop"))
+    cut = keep.pairs.counts["truncated"]
+    assert 0 < cut < 16 == len(keep.pairs.pairs) and drop.pairs.counts["dropped"] == cut and len(drop.pairs.pairs) == 16 - cut
+    assert all(pair.finish_reason == "stop" for pair in drop.pairs.pairs)
+    assert drop.train == keep.train and "pairs left out" in describe(drop.manifest, from_dict(dpo(model, path)))
+
+
+def test_held_out_answers_may_be_longer_than_those_trained_on(model, tmp_path):
+    config = raw(model, write_jsonl(tmp_path / "d.jsonl", sft_rows(30)))
+    capped = prepare(from_dict(config))
+    config["evaluation"]["max_new_tokens"] = 20
+    prepared = prepare(from_dict(config))
+    assert prepared.train == capped.train and [row.index for row in prepared.evaluation] == [row.index for row in capped.evaluation]
+    assert any(row.real_truncated for row in prepared.train) and not any(row.real_truncated for row in prepared.evaluation)
 
 
 def test_draw_is_by_seed_and_nested(model, tmp_path):

@@ -61,11 +61,13 @@ def test_order_of_sft(raw: dict[str, Any], tmp_path: Path) -> None:
 def test_order_of_dpo(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["training"] = {"objective": "dpo"}
     run_dir = RunDir(tmp_path / "run")
-    own = ["train:0", "export:0", "evaluate:0", "finish:0"]
+    own = ["train:0", "export:0", "evaluate:0", "guard:0", "finish:0"]
     assert phases(raw, run_dir.root)[: 3 + len(own)] == ["prepare", "import", "evaluate:sft", *own]
     plan = plan_of(from_dict(raw), run_dir.root)
     for step in plan.steps("evaluate:0"):
         run_dir.mark_done(step.phase, seconds=1.0)
+    run_dir.mark_done("guard:0", seconds=1.0)
+    judged(run_dir, from_dict(raw), "pass")
     finish(plan, "finish:0")
     assert run_dir.target(iteration=0).done.exists()
 
