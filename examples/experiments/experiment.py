@@ -35,6 +35,8 @@ class Experiment:
     arms: dict[str, Arm]
     best: dict[str, list[str]]
     """Rows made of others: for each seed the one with the best sampled exact match."""
+    columns: dict[str, str]
+    """Further columns of the table: title, and a share in ``eval.json``."""
     claims: list[tuple[str, str]]
     """Pairs of rows (left, right): for how many seeds was the left one's sampled exact match higher?"""
 
@@ -59,9 +61,9 @@ def read_experiment(path: Path) -> Experiment:
         raw = yaml.load(path.read_text(), Loader=Loader)
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"experiment {path} cannot be read ({error}): give one of the YAML files in examples/experiments/") from None
-    known = {"title", "seeds", "common", "arms", "best", "claims"}
+    known = {"title", "seeds", "common", "arms", "best", "columns", "claims"}
     if not isinstance(raw, dict) or not {"title", "seeds", "arms"} <= set(raw) <= known:
-        raise ConfigError(f"experiment {path}: it needs title, seeds and arms, and may have common, best and claims")
+        raise ConfigError(f"experiment {path}: it needs title, seeds and arms, and may have common, best, columns and claims")
     arms = {}
     for name, settings in raw["arms"].items():
         merged = {**raw.get("common", {}), **settings}
@@ -71,4 +73,4 @@ def read_experiment(path: Path) -> Experiment:
         if arm.after is not None and (arm.after not in arms or list(arms).index(arm.after) >= list(arms).index(name)):
             raise ConfigError(f"experiment {path}: arm {name} comes after {arm.after}, which is no arm above it")
     claims = [(left, right) for left, right in raw.get("claims", [])]
-    return Experiment(path.stem, raw["title"], list(raw["seeds"]), arms, raw.get("best", {}), claims)
+    return Experiment(path.stem, raw["title"], list(raw["seeds"]), arms, raw.get("best", {}), raw.get("columns", {}), claims)

@@ -28,6 +28,10 @@ def _pattern(key: str) -> Callable[[Values], float | None]:
     return lambda values: values["patterns"]["careless"][key]
 
 
+def _share(key: str) -> Callable[[Values], float | None]:
+    return lambda values: values[key]
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
@@ -77,8 +81,9 @@ def table(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table:
         if label == "sft" and experiment.arms[arm].after is not None:
             continue  # it began with another arm's policy
         shown.setdefault("SFT" if label == "sft" else _words(experiment, name), {}).update(by_seed)
-    cells = [[name, str(len(by_seed)), *(_cell(by_seed.values(), *column) for column in COLUMNS.values())] for name, by_seed in shown.items()]
-    return Table(["", "seeds", *COLUMNS], cells, [])
+    columns = COLUMNS | {title: (_share(key), _percent) for title, key in experiment.columns.items()}
+    cells = [[name, str(len(by_seed)), *(_cell(by_seed.values(), *column) for column in columns.values())] for name, by_seed in shown.items()]
+    return Table(["", "seeds", *columns], cells, [])
 
 
 def _words(experiment: Experiment, row: str) -> str:
@@ -137,8 +142,15 @@ def block(path: Path, experiment: Experiment, root: Path, *, short: bool = False
         return "\n\n".join(parts)
     parts.append(markdown(by_seed(experiment, rows)))
     parts += [f"Not finished: {', '.join(missing)}."] if missing else []
-    parts += [f"`.venv/bin/python -m examples.experiments.run {path}`, on {'; '.join(_machines(experiment, root))}."]
+    parts += [f"`.venv/bin/python -m examples.experiments.run {path}{_engine(experiment, root)}`, on {'; '.join(_machines(experiment, root))}."]
     return "\n\n".join(part for part in parts if part)
+
+
+def _engine(experiment: Experiment, root: Path) -> str:
+    """The --engine that the runs had, where it is not the default."""
+    configs = [experiment.run_dir(root, seed, arm).config for arm in experiment.arms for seed in experiment.seeds]
+    engines = {load_config(path).generation.engine for path in configs if path.exists()} - {"vllm"}
+    return "".join(f" --engine {engine}" for engine in engines)
 
 
 def _machines(experiment: Experiment, root: Path) -> list[str]:
