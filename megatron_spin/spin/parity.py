@@ -28,10 +28,17 @@ class Bound:
     mean: float
     largest: float
 
+    def holds(self, differences: torch.Tensor) -> bool:
+        """Whether ``differences`` [tokens] keep to it; not if one is infinite."""
+        return bool(differences.isfinite().all()) and float(differences.mean()) <= self.mean and float(differences.max()) <= self.largest
+
 
 BOUNDS = {"fp32": Bound(mean=1e-4, largest=1e-4), "bf16": Bound(mean=0.02, largest=0.5)}
 """fp32: only the order of sums differs. bf16: two implementations round every activation differently (8 bits of mantissa), and a rare,
 improbable token moves most; a wrongly mapped weight moves the mean by far more than 0.02."""
+NOISE = 2.0
+"""How much further than transformers' own bf16 the Megatron model's may be from fp32: of two roundings of one function neither is much worse
+(SmolLM2-135M on random tokens: 0.060 nats a token on average, transformers 0.082), and no wrong weight is as close."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,26 +113,42 @@ def megatron_probe(model: Sequence[torch.nn.Module], sequences: Sequence[tuple[T
 def check_parity(hf_dir: Path, probe: Probe, *, dtype: str, bound: Bound, device: torch.device, batch_size: int = 4) -> dict[str, float]:
     """Compares ``probe`` with the transformers model in ``hf_dir``, run in ``dtype``; returns mean and largest difference in nats.
 
+    Where bf16 differs by more than ``bound``, the model may be one that rounding moves that much: transformers in fp32 then tells, and the
+    probe may be as far from it as :data:`NOISE` times transformers in bf16 is.
+
     Raises:
-        GateError: they differ by more than ``bound``; the message names the largest difference and where it is.
+        GateError: they differ by more than that; the message names the largest difference and where it is.
         CheckpointError: transformers cannot load ``hf_dir``.
     """
-    model = load_model(hf_dir, dtype=dtype, device=device)
     sequences = probe.sequences()
-    logps = hf_token_logps(model, sequences, batch_size=batch_size, device=device)
-    differences = [
-        (row_logps - expected[mask]).abs() for row_logps, expected, mask in zip(logps, probe.token_logps, probe.response_mask.bool(), strict=True)
-    ]
-    together = torch.cat(differences)
-    # NaN compares false with everything: it must count as the largest difference, not as none.
-    together = torch.where(together.isnan(), torch.inf, together)
-    mean, largest = float(together.mean()), float(together.max())
-    if mean <= bound.mean and largest <= bound.largest:
-        return {"mean_difference": mean, "largest_difference": largest}
-    row = max(range(len(differences)), key=lambda i: float(torch.where(differences[i].isnan(), torch.inf, differences[i]).max()))
-    position = int(torch.where(differences[row].isnan(), torch.inf, differences[row]).argmax())
+    expected = probe.token_logps[probe.response_mask.bool()]
+
+    def logps(dtype: str) -> torch.Tensor:
+        return torch.cat(hf_token_logps(load_model(hf_dir, dtype=dtype, device=device), sequences, batch_size=batch_size, device=device))
+
+    found = logps(dtype)
+    differences, between = _differences(found, expected), "and the Megatron model"
+    parity = {"mean_difference": float(differences.mean()), "largest_difference": float(differences.max())}
+    if bound.holds(differences):
+        return parity
+    if dtype == "bf16":
+        exact = logps("fp32")
+        noise = _differences(found, exact)
+        bound = Bound(mean=NOISE * float(noise.mean()), largest=NOISE * float(noise.max()))
+        differences, between = _differences(exact, expected), "in fp32 and the Megatron model in bf16"
+        if bound.holds(differences):
+            return parity
+    worst = int(differences.argmax())
+    rows = [(row, position) for row, (_, answer) in enumerate(sequences) for position in range(len(answer))]
+    row, position = rows[worst]
     raise GateError(
-        f"the Hugging Face model {hf_dir} and the Megatron model differ by {largest:.3g} nats a token (mean {mean:.3g}; allowed "
-        f"{bound.largest:g}, mean {bound.mean:g}), most at answer token {position} of sequence {row}: weights or config.json were altered, "
-        "or a model.transformer setting has no Hugging Face form"
+        f"the Hugging Face model {hf_dir} {between} differ by {float(differences.max()):.3g} nats a token (mean "
+        f"{float(differences.mean()):.3g}; allowed {bound.largest:.3g}, mean {bound.mean:.3g}), most at answer token {position} of sequence {row}: "
+        "weights or config.json were altered, or a model.transformer setting has no Hugging Face form"
     )
+
+
+def _differences(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    difference = (left - right).abs()
+    # NaN compares false with everything: it must count as the largest difference, not as none.
+    return torch.where(difference.isnan(), torch.inf, difference)

@@ -110,3 +110,13 @@ def test_the_gate_catches_one_altered_weight(world, models, tmp_path, case: str,
     for fault, found in caught.items():
         assert found or fault[1] < 0.02, fault
     assert all(re.search(r"differ by \S+ nats a token", result) for result in results if isinstance(result, str))
+
+
+def test_the_gate_knows_a_model_that_rounding_moves_from_a_wrong_one(world, tmp_path) -> None:
+    """In bf16 a deep model with large weights differs from transformers by more than the fixed bound, as real ones do on random tokens."""
+    hf_dir = make_model(tmp_path / "model", "llama", layers=8, scale=0.2, dtype=torch.bfloat16)
+    faults = [("model.norm.weight", 3.0), ("model.layers.0.self_attn.v_proj.weight", 3.0)]
+    sound, *results = world(1).run(gate_differences, hf_dir, tmp_path, tp_size=1, pp_size=1, faults=faults, dtype="bf16")[0]
+    print(sound, results)
+    assert isinstance(sound, float) and sound > 0.02
+    assert all(isinstance(result, str) and "in fp32 and the Megatron model in bf16 differ by" in result for result in results)

@@ -165,7 +165,9 @@ def export_without_space(hf_dir: Path, out_dir: Path, *, tp_size: int, pp_size: 
     return None
 
 
-def gate_differences(hf_dir: Path, work: Path, *, tp_size: int, pp_size: int, faults: list[tuple[str, float]]) -> list[float | str]:
+def gate_differences(
+    hf_dir: Path, work: Path, *, tp_size: int, pp_size: int, faults: list[tuple[str, float]], dtype: str = "fp32"
+) -> list[float | str]:
     """Sound model first, then each fault alone: the gate's largest difference in nats, or its message; on rank 0 (empty elsewhere).
 
     Args:
@@ -173,7 +175,7 @@ def gate_differences(hf_dir: Path, work: Path, *, tp_size: int, pp_size: int, fa
     """
     from megatron_spin.errors import GateError
 
-    model, dims = start(hf_dir, tp_size=tp_size, pp_size=pp_size)
+    model, dims = start(hf_dir, tp_size=tp_size, pp_size=pp_size, dtype=dtype)
     from megatron_spin.hf.load import load_hf
     from megatron_spin.spin.parity import BOUNDS, check_parity, megatron_probe, random_sequences
 
@@ -188,7 +190,7 @@ def gate_differences(hf_dir: Path, work: Path, *, tp_size: int, pp_size: int, fa
         flat[flat.abs().argmax()] *= 1 + change
         save_file(weights, altered / "model.safetensors", metadata={"format": "pt"})
         try:
-            results.append(check_parity(altered, probe, dtype="fp32", bound=BOUNDS["fp32"], device=dims.device)["largest_difference"])
+            results.append(check_parity(altered, probe, dtype=dtype, bound=BOUNDS[dtype], device=dims.device)["largest_difference"])
         except GateError as error:
             results.append(str(error))
     return results
