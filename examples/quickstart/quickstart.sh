@@ -24,36 +24,23 @@ TEXT
 # ---------------------------------------------------------------------------------------------------------------- arguments
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-repository=$(cd -- "$here/../.." && pwd)
+script=examples/quickstart/quickstart.sh
+# shellcheck source=examples/arguments.sh
+source "$here/../arguments.sh"
+
 DATA='' EVAL='' OUT='' ENGINE='' SEED=''
-
-die() {
-  printf 'error: %s\n' "$1" >&2
-  exit 2
-}
-
-for argument in "$@"; do
-  case $argument in
-    -h | --help) usage && exit 0 ;;
-    DATA=* | EVAL=* | OUT=* | ENGINE=* | SEED=*) printf -v "${argument%%=*}" '%s' "${argument#*=}" ;;
-    *) die "argument $argument is unknown: see examples/quickstart/quickstart.sh --help" ;;
-  esac
-done
+for argument in "$@"; do take_argument "$argument" DATA EVAL OUT ENGINE SEED; done
 ENGINE=${ENGINE:-vllm} SEED=${SEED:-7}
 [[ $ENGINE == vllm || $ENGINE == hf ]] || die "ENGINE=$ENGINE is unknown: use vllm or hf"
-[[ $SEED =~ ^[0-9]+$ ]] || die "SEED=$SEED is not a number: give one from 0 on"
+check_seed
 [[ -z $EVAL || -n $DATA ]] || die "EVAL=$EVAL goes together with DATA=FILE: the word problems bring their own test"
-for file in "$DATA" "$EVAL"; do
-  [[ -z $file || -f $file ]] || die "$file does not exist: give a JSONL, JSON or Parquet file of SFT data"
-done
+check_files 'give a JSONL, JSON or Parquet file of SFT data' "$DATA" "$EVAL"
 if [[ -z $OUT ]]; then
   OUT=runs/quickstart
   [[ -z $DATA ]] || { name=$(basename -- "$DATA") && OUT=runs/quickstart-${name%.*}; }
 fi
 
-python=${PYTHON:-$repository/.venv/bin/python}
-command -v "$python" >/dev/null || die "the Python interpreter $python does not exist: run \`make setup\` or set PYTHON"
-export PYTHON=$python PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
+find_python
 began=$SECONDS
 
 # ------------------------------------------------------------------------------------------------------------------- stages

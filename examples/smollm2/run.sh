@@ -25,33 +25,24 @@ TEXT
 # ---------------------------------------------------------------------------------------------------------------- arguments
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-repository=$(cd -- "$here/../.." && pwd)
+script=examples/smollm2/run.sh
+# shellcheck source=examples/arguments.sh
+source "$here/../arguments.sh"
+
 DATA='' EVAL='' OUT='' WHEEL='' SEED='' DTYPE='' overrides=()
-
-die() {
-  printf 'error: %s\n' "$1" >&2
-  exit 2
-}
-
 for argument in "$@"; do
   case $argument in
-    -h | --help) usage && exit 0 ;;
-    DATA=* | EVAL=* | OUT=* | WHEEL=* | SEED=* | DTYPE=*) printf -v "${argument%%=*}" '%s' "${argument#*=}" ;;
-    [a-z]*=*) overrides+=("$argument") ;;
-    *) die "argument $argument is unknown: see examples/smollm2/run.sh --help" ;;
+    [[:lower:]]*=*) overrides+=("$argument") ;;
+    *) take_argument "$argument" DATA EVAL OUT WHEEL SEED DTYPE ;;
   esac
 done
 OUT=${OUT:-runs/smollm2} SEED=${SEED:-0}
 [[ -n $DATA ]] || die 'no DATA=FILE given: give a file of questions and answers, for example GSM8K'"'"'s train.jsonl; see --help'
-for file in "$DATA" "$EVAL" "$WHEEL"; do
-  [[ -z $file || -f $file ]] || die "$file does not exist: give the path of a file, see examples/smollm2/run.sh --help"
-done
-[[ $SEED =~ ^[0-9]+$ ]] || die "SEED=$SEED is not a number: give one from 0 on"
+check_files "give the path of a file, see $script --help" "$DATA" "$EVAL" "$WHEEL"
+check_seed
 [[ -z $DTYPE || $DTYPE == bf16 || $DTYPE == fp32 ]] || die "DTYPE=$DTYPE is unknown: use bf16 or fp32"
 
-python=${PYTHON:-$repository/.venv/bin/python}
-command -v "$python" >/dev/null || die "the Python interpreter $python does not exist: run \`make setup\` or set PYTHON"
-export PYTHON=$python PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
+find_python
 
 # A CPU without instructions for bf16 emulates it, slower than fp32.
 if [[ -z $DTYPE ]]; then
