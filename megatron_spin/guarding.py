@@ -7,8 +7,10 @@ already become the opponent (``rotate:T`` is done; ``finish:0`` for DPO, whose o
 
 import dataclasses
 import json
+import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from megatron_spin.config import Config, at_iteration, has_evaluation
@@ -55,7 +57,7 @@ def guard(config: Config, run_dir: RunDir, iteration: int) -> None:
     if came_to == "rollback":
         for verdict in tripped:
             print(f"rollback: guard {verdict.guard}, iteration {iteration}: {verdict.line}", file=sys.stderr)
-        print(f"the result is {describe(read_json(run_dir.state)['result'])}; no later iteration is run", file=sys.stderr)
+        print(f"the result is {describe(run_dir)}; no later iteration is run", file=sys.stderr)
 
 
 def settled(config: Config, run_dir: RunDir, iteration: int) -> bool:
@@ -82,12 +84,27 @@ def played(config: Config, run_dir: RunDir) -> int:
 def result(config: Config, run_dir: RunDir, iteration: int | None, why: str) -> dict[str, Any]:
     """The entry of ``state.json`` that says where the run's result is; ``iteration`` None: the model that the run began with."""
     hf = run_dir.opponent_hf(config, 0 if iteration is None else iteration + 1)
-    return {"hf": str(hf.resolve()), "iteration": iteration, "why": why}
+    # Not resolved: whether a model goes along when the run directory is moved or copied is a matter of names, not of where links lead.
+    named, root = Path(os.path.abspath(hf)), os.path.abspath(run_dir.root)
+    return {"hf": str(named.relative_to(root) if named.is_relative_to(root) else hf.resolve()), "iteration": iteration, "why": why}
 
 
-def describe(entry: dict[str, Any]) -> str:
-    """A result in words, with its path."""
-    return f"{model_name(entry)}, {entry['hf']} ({entry['why']})"
+def result_hf(run_dir: RunDir) -> Path:
+    """Hugging Face directory of the run's result, absolute: ``state.json`` names a model inside the run directory from there.
+
+    Raises:
+        RunDirError: the run has come to no result yet.
+    """
+    state = read_json(run_dir.state)
+    if "result" not in state:
+        raise RunDirError(f"{run_dir.root} has no result yet: run tools/spin.sh until its first iteration is complete")
+    return run_dir.root.resolve() / state["result"]["hf"]
+
+
+def describe(run_dir: RunDir) -> str:
+    """The run's result in words, with its path; raises as :func:`result_hf`."""
+    hf, entry = result_hf(run_dir), read_json(run_dir.state)["result"]
+    return f"{model_name(entry)}, {hf} ({entry['why']})"
 
 
 def model_name(entry: dict[str, Any]) -> str:

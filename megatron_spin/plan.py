@@ -183,7 +183,7 @@ def as_text(steps: Sequence[Step], run_dir: RunDir) -> Iterator[str]:
         ConfigError: a word of a command holds a TAB or a newline.
     """
     state = read_json(run_dir.state) if run_dir.state.exists() else {}
-    yield f"run-dir\t{run_dir.root}" + (f"\t{describe(state['result'])}" if "result" in state else "")
+    yield f"run-dir\t{run_dir.root}" + (f"\t{describe(run_dir)}" if "result" in state else "")
     for step in steps:
         status = "skip" if step.left_out else "done" if step.done else "todo"
         words = (step.phase, status, str(step.processes), step.what, *step.command)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from examples.experiments.experiment import Arm, Experiment, read_experiment
 from megatron_spin import cli
 from megatron_spin.errors import ConfigError, SpinError
-from megatron_spin.run_dir import read_json
+from megatron_spin.guarding import result_hf
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "examples" / "quickstart"
@@ -53,7 +53,7 @@ class Runner:
         hf = start / "sft" / "iteration_0" / "hf"
         if arm.after is not None:
             before = experiment.run_dir(self.root, seed, arm.after)
-            hf = Path(read_json(before.state)["result"]["hf"])
+            hf = result_hf(before)
         log = run_dir.root.with_name(f"{run_dir.root.name}.log")
         self._spin(log, "spin.yaml", run_dir.root, self.settings(arm, start / "data", hf))
 

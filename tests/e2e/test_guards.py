@@ -70,7 +70,7 @@ def test_a_ruined_model_is_warned_of_and_the_run_goes_on(run: tuple[Path, Path])
     warnings = [line for line in ran.stderr.splitlines() if line.startswith("warning: guard ")]
     assert len(warnings) == len(tripped(directory)) and all("iteration 0" in line and ".threshold is " in line for line in warnings)
     assert state(directory)["result"] == {
-        "hf": str(directory / "iteration_0/hf"), "iteration": 0, "why": "the last iteration that is complete"
+        "hf": "iteration_0/hf", "iteration": 0, "why": "the last iteration that is complete"
     }  # fmt: skip
     assert ran.stdout.splitlines()[-1].startswith(f"the result is iteration 0, {directory}/iteration_0/hf")
     run_tool("report.py", directory)

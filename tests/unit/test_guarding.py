@@ -2,14 +2,15 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_spin.config import Config, from_dict
-from megatron_spin.errors import GuardError
-from megatron_spin.guarding import guard, played, rolled_back, settled
+from megatron_spin.errors import GuardError, RunDirError
+from megatron_spin.guarding import guard, played, result, result_hf, rolled_back, settled
 from megatron_spin.run_dir import RunDir, read_json, write_json
 from tests.unit.test_guards import curve, evaluation
 
@@ -50,10 +51,28 @@ def test_a_rollback_goes_to_the_iteration_before(run_dir: RunDir, tmp_path: Path
     assert rolled_back(config, run_dir) is None and played(config, run_dir) == 3
     guard(config, run_dir, 1)
     assert rolled_back(config, run_dir) == 1 and played(config, run_dir) == 2
-    result = read_json(run_dir.state)["result"]
-    assert result == {"hf": str(tmp_path / "run/iteration_0/hf"), "iteration": 0, "why": "iteration 1 was rolled back (nll_rise)"}
-    assert "no later iteration is run" in capsys.readouterr().err
+    entry = read_json(run_dir.state)["result"]
+    assert entry == {"hf": "iteration_0/hf", "iteration": 0, "why": "iteration 1 was rolled back (nll_rise)"}
+    shown = capsys.readouterr().err
+    assert f"the result is iteration 0, {tmp_path}/run/iteration_0/hf (iteration 1 was" in shown and "no later iteration is run" in shown
     assert rolled_back(config_of(tmp_path), run_dir) is None and not settled(config_of(tmp_path), run_dir, 1)
+
+
+def test_a_result_moves_with_the_run_and_the_model_it_began_with_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # both are mostly given relative to where the user stands
+    config, run_dir = from_dict({"name": "n", "model": {"hf": "model"}, "data": {"path": "d"}}), RunDir(Path("run"))
+    run_dir.mark_done("rotate:0", seconds=1.0)
+    with pytest.raises(RunDirError, match="run has no result yet"):
+        result_hf(run_dir)
+    for iteration, stored, moved in ((0, "iteration_0/hf", "moved/iteration_0/hf"), (None, str(tmp_path / "model"), "model")):
+        with run_dir.changing_state() as state:
+            state["result"] = result(config, run_dir, iteration, "w")
+        assert read_json(run_dir.state)["result"]["hf"] == stored
+        os.rename("run", "moved")
+        assert result_hf(RunDir(Path("moved"))) == tmp_path / moved
+        os.rename("moved", "run")
+    began_inside = from_dict({"name": "n", "model": {"hf": str(tmp_path / "run/model")}, "data": {"path": "d"}})
+    assert result(began_inside, run_dir, None, "w")["hf"] == "model"
 
 
 @pytest.mark.parametrize("action", ["warn", "stop"])
@@ -62,8 +81,8 @@ def test_a_rollback_that_is_lifted_leaves_no_result_behind(run_dir: RunDir, tmp_
     lifted = config_of(tmp_path, nll_rise={"action": action})
     with contextlib.suppress(GuardError):
         guard(lifted, run_dir, 1)
-    result = read_json(run_dir.state)["result"]
-    assert (result["iteration"], result["why"]) == (0, "the last iteration that is complete")
+    entry = read_json(run_dir.state)["result"]
+    assert (entry["iteration"], entry["why"]) == (0, "the last iteration that is complete")
     assert played(lifted, run_dir) == 3
 
 

@@ -118,8 +118,8 @@ def test_done_phases_and_the_marker(raw: dict[str, Any], tmp_path: Path) -> None
     finish(plan, "rotate:0")
     assert run_dir.is_done("rotate:0") and "train:0" in read_json(run_dir.target(iteration=0).done)
     result = read_json(run_dir.state)["result"]
-    assert result["iteration"] == 0 and result["hf"] == str(tmp_path / "run/iteration_0/hf")
-    assert result["hf"] in next(as_text(plan.steps(), run_dir)).split("\t")[2]
+    assert result["iteration"] == 0 and result["hf"] == "iteration_0/hf"
+    assert str(tmp_path / "run/iteration_0/hf") in next(as_text(plan.steps(), run_dir)).split("\t")[2]
 
 
 def judged(run_dir: RunDir, config: Config, outcome: str, iteration: int = 0) -> None:
