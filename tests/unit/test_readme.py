@@ -77,6 +77,7 @@ def test_examples_are_valid(path: Path) -> None:
 
 def test_markers_stand_once() -> None:
     experiments = (REPOSITORY / "docs/experiments.md").read_text()
-    for text, name in ((README, "run"), (README, "claim"), (experiments, "claim"), (experiments, "return")):
+    named = [(experiments, path.stem) for path in (REPOSITORY / "examples/experiments").glob("*.yaml")]
+    for text, name in [(README, "run"), (README, "claim"), *named]:
         for marker in markers(name):
             assert text.count(marker) == 1
