@@ -22,7 +22,7 @@ def run_block(results: Results, *, picture: Path, readme: Path) -> str:
     path = os.path.relpath(picture, readme.parent)
     kinds = ", ".join(f"{phase.name} {phase.seconds:.0f} s" for phase in results.by_kind() if phase.seconds >= 1)
     machine = f"Measured {results.finished[:10]} on {'; '.join(results.machines)}."
-    time = f"The run took {results.seconds / 60:.1f} minutes, its SFT stage not counted: {kinds}."
+    time = f"The run took {results.seconds / 60:.1f} minutes: {kinds}."
     parts = [markdown(comparison(results)), f"![training curves and what was measured]({path})", f"{machine} {time}"]
     return "\n\n".join(parts)
 

@@ -78,6 +78,7 @@ def test_examples_are_valid(path: Path) -> None:
 def test_markers_stand_once() -> None:
     experiments = (REPOSITORY / "docs/experiments.md").read_text()
     named = [(experiments, path.stem) for path in (REPOSITORY / "examples/experiments").glob("*.yaml")]
-    for text, name in [(README, "run"), (README, "claim"), *named]:
+    smollm2 = (REPOSITORY / "examples/smollm2/README.md").read_text()
+    for text, name in [(README, "run"), (README, "claim"), (smollm2, "run"), *named]:
         for marker in markers(name):
             assert text.count(marker) == 1
