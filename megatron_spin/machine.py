@@ -38,11 +38,16 @@ def versions() -> str:
 
 
 def _cpu_model() -> str:
+    """With family and model, since a name alone may stand for several kinds, which round differently."""
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        match = None
-    return " ".join(match.group(1).split()) if match else platform.machine()
+        text = ""
+    found = [re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE) for key in ("model name", "cpu family", "model")]
+    name, family, model = (" ".join(match.group(1).split()) if match else "" for match in found)
+    if not name:
+        return platform.machine()
+    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def _gpu_name() -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from examples.experiments.experiment import Experiment, read_experiment
 from megatron_spin import cli
-from megatron_spin.config import load_config
+from megatron_spin.config import at_iteration, load_config
 from megatron_spin.errors import RunDirError
 from megatron_spin.guarding import played, rolled_back
 from megatron_spin.report.readme import replace_block
@@ -142,21 +142,22 @@ def block(path: Path, experiment: Experiment, root: Path, *, short: bool = False
         return "\n\n".join(parts)
     parts.append(markdown(by_seed(experiment, rows)))
     parts += [f"Not finished: {', '.join(missing)}."] if missing else []
-    parts += [f"`.venv/bin/python -m examples.experiments.run {path}{_engine(experiment, root)}`, on {'; '.join(_machines(experiment, root))}."]
+    parts += [f"`.venv/bin/python -m examples.experiments.run {path}{_engine(experiment, root)}`{_machines(experiment, root)}."]
     return "\n\n".join(part for part in parts if part)
 
 
 def _engine(experiment: Experiment, root: Path) -> str:
     """The --engine that the runs had, where it is not the default."""
     configs = [experiment.run_dir(root, seed, arm).config for arm in experiment.arms for seed in experiment.seeds]
-    engines = {load_config(path).generation.engine for path in configs if path.exists()} - {"vllm"}
-    return "".join(f" --engine {engine}" for engine in engines)
+    engines = {at_iteration(load_config(path).generation.engine, 0) for path in configs if path.exists()} - {"vllm"}
+    return "".join(f" --engine {engine}" for engine in sorted(engines))
 
 
-def _machines(experiment: Experiment, root: Path) -> list[str]:
-    """What the runs ran on, each once."""
+def _machines(experiment: Experiment, root: Path) -> str:
+    """What the runs ran on, each once; empty where they did not record it."""
     states = [experiment.run_dir(root, seed, arm).state for arm in experiment.arms for seed in experiment.seeds]
-    return list(dict.fromkeys(name for state in states if state.exists() for name in read_json(state)["machines"]))
+    names = list(dict.fromkeys(name for state in states if state.exists() for name in read_json(state).get("machines", [])))
+    return f", on {'; '.join(names)}" if names else ""
 
 
 def _complete(run_dir: RunDir) -> bool:

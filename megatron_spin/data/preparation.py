@@ -7,14 +7,14 @@ import os
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from megatron_spin.config import Config, DataConfig, Truncated, at_iteration
 from megatron_spin.data.pairs import BuiltPairs, build_pairs
 from megatron_spin.data.prepared import REJECTED, Row, hash_rows, save_rows
-from megatron_spin.data.reading import Sample, read_samples
+from megatron_spin.data.reading import Rejected, Sample, read_samples
 from megatron_spin.data.templates import answer_ids, end_token_id, ends_inside, load_tokenizer, prompt_ids, tokenizer_sha
 from megatron_spin.errors import CheckpointError, ConfigError, DataError
 from megatron_spin.run_dir import write_json
@@ -22,7 +22,6 @@ from megatron_spin.run_dir import write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Rejected: TypeAlias = Literal["needed", "taken", "ignored"]
 
 DROPPED = {
     "empty_prompt": "prompt is empty",
@@ -102,7 +101,8 @@ def prepare(config: Config) -> Prepared:
     tokenizer, limits = _limits(config, hf)
     dpo = config.training.objective == "dpo"
     path, held_path = Path(config.data.path), config.evaluation.path
-    train = _tokenize(path, tokenizer, config.data, limits, rejected="needed" if dpo else "ignored")
+    needed: Rejected = "needed" if dpo else "ignored"
+    train = _tokenize(path, tokenizer, config.data, limits, rejected=needed)
     held_limits = dataclasses.replace(limits, answer=config.held_out_cap)
     if held_path is not None:
         source = _tokenize(Path(held_path), tokenizer, config.data, held_limits, rejected="taken" if dpo else "ignored")
@@ -110,7 +110,7 @@ def prepare(config: Config) -> Prepared:
     else:
         rows, left_out = _split(train.rows, config.evaluation.held_out_fraction, config.data.seed)
         same = held_limits == limits
-        source = train if same else _tokenize(path, tokenizer, config.data, held_limits, rejected="taken" if dpo else "ignored")
+        source = train if same else _tokenize(path, tokenizer, config.data, held_limits, rejected=needed)
         indices = {row.index for row in left_out}
         held = [row for row in source.rows if row.index in indices]
     drawn = _draw(rows, config.data.num_prompts, config.data.seed)
@@ -242,8 +242,8 @@ def _pairs(rows: Sequence[Row], rejected: dict[int, Row], truncated: Truncated) 
 
 
 def _tokenize(path: Path, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: Limits, *, rejected: Rejected = "ignored") -> Tokenized:
-    """The usable rows of ``path``; with ``rejected`` needed every row must have a rejected answer, with taken the file may have them."""
-    samples = read_samples(path, preferences=rejected == "needed")
+    """The usable rows of ``path``; for ``rejected`` see :func:`read_samples`."""
+    samples = read_samples(path, rejected=rejected)
     dropped = collections.Counter(samples.dropped)
     rows: list[Row] = []
     lost_rows: dict[int, Row] = {}

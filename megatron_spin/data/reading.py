@@ -7,11 +7,13 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from megatron_spin.errors import DataError
 
 PREFERENCES = "prompt/chosen/rejected"
+Rejected: TypeAlias = Literal["needed", "taken", "ignored"]
+"""What becomes of rejected answers: DPO needs them, and its evaluation takes them where there are any."""
 FORMATS: dict[str, tuple[str, ...]] = {
     "prompt/response": ("prompt", "response"),
     "instruction/input/output": ("instruction", "output"),
@@ -49,17 +51,17 @@ class Samples:
     """A key of :data:`FORMATS`."""
 
 
-def read_samples(path: Path, *, preferences: bool = False) -> Samples:
+def read_samples(path: Path, *, rejected: Rejected = "ignored") -> Samples:
     """Reads ``path`` (``.jsonl``, ``.json`` or ``.parquet``), checks each row and leaves out those without a prompt or an answer.
 
-    With ``preferences`` every row must have a rejected answer, too.
+    With ``rejected`` needed every row must have a rejected answer, too; with taken a file that has them is read for them, whatever else it has.
 
     Raises:
         DataError: no such file, unknown suffix, malformed (JSON lines are named by number, from 1), unknown columns, a value of the wrong
             type (with its row number, from 0), or no row at all.
     """
     rows = _open(path)
-    name = _format_of(list(rows.column_names), path, preferences)
+    name = _format_of(list(rows.column_names), path, rejected)
     convert = _CONVERTERS[name]
     samples, dropped = [], collections.Counter[str]()
     for index, row in enumerate(rows):
@@ -164,9 +166,9 @@ def _check_rows(rows: Iterable[tuple[int, Any]], where: Callable[[int], str], pa
         raise DataError(f"data file {path} holds no rows: give a file with at least one")
 
 
-def _format_of(columns: list[str], path: Path, preferences: bool) -> str:
-    if preferences:
-        lacking = [column for column in FORMATS[PREFERENCES] if column not in columns]
+def _format_of(columns: list[str], path: Path, rejected: Rejected) -> str:
+    lacking = [column for column in FORMATS[PREFERENCES] if column not in columns]
+    if rejected == "needed" or (rejected == "taken" and not lacking):
         if lacking:
             raise DataError(f"data file {path} has no column {lacking[0]}: training.objective=dpo needs prompt, chosen and rejected")
         return PREFERENCES

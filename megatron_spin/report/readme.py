@@ -21,7 +21,7 @@ def run_block(results: Results, *, picture: Path, readme: Path) -> str:
         raise RunDirError(f"{results.root} has not finished: its figures would be incomplete; run the same tools/spin.sh command again")
     path = os.path.relpath(picture, readme.parent)
     kinds = ", ".join(f"{phase.name} {phase.seconds:.0f} s" for phase in results.by_kind() if phase.seconds >= 1)
-    machine = f"Measured {results.finished[:10]} on {'; '.join(results.machines)}."
+    machine = f"Measured {results.finished[:10]}" + (f" on {'; '.join(results.machines)}." if results.machines else ".")
     time = f"The run took {results.seconds / 60:.1f} minutes: {kinds}."
     parts = [markdown(comparison(results)), f"![training curves and what was measured]({path})", f"{machine} {time}"]
     return "\n\n".join(parts)

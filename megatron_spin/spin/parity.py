@@ -38,7 +38,9 @@ BOUNDS = {"fp32": Bound(mean=1e-4, largest=1e-4), "bf16": Bound(mean=0.02, large
 improbable token moves most; a wrongly mapped weight moves the mean by far more than 0.02."""
 NOISE = 2.0
 """How much further than transformers' own bf16 the Megatron model's may be from fp32: of two roundings of one function neither is much worse
-(SmolLM2-135M on random tokens: 0.060 nats a token on average, transformers 0.082), and no wrong weight is as close."""
+(SmolLM2-135M on random tokens: 0.060 nats a token on average, transformers 0.082). A fault smaller than the rounding is not seen in bf16."""
+CEILING = Bound(mean=0.25, largest=5.0)
+"""Where rounding alone moves a model further than this nothing can be told of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +133,10 @@ def check_parity(hf_dir: Path, probe: Probe, *, dtype: str, bound: Bound, device
     parity = {"mean_difference": float(differences.mean()), "largest_difference": float(differences.max())}
     if bound.holds(differences):
         return parity
-    if dtype == "bf16":
+    if dtype == "bf16" and bool(found.isfinite().all()):
         exact = logps("fp32")
         noise = _differences(found, exact)
-        bound = Bound(mean=NOISE * float(noise.mean()), largest=NOISE * float(noise.max()))
+        bound = Bound(min(NOISE * float(noise.mean()), CEILING.mean), min(NOISE * float(noise.max()), CEILING.largest))
         differences, between = _differences(exact, expected), "in fp32 and the Megatron model in bf16"
         if bound.holds(differences):
             return parity

@@ -104,12 +104,14 @@ def test_held_out_preferences_keep_their_rejected_answers(model, tmp_path):
     config = dpo(model, path, max_new_tokens=20)
     split = prepare(from_dict(config))
     assert len(split.rejected) == len(split.evaluation) == split.manifest["eval_counts"]["with_rejected"] == 4
-    config["evaluation"] = {"path": str(path), "num_prompts": 7}
+    rows = [{**row, "response": "w1"} for row in preferences(20)]  # columns of another format, too
+    config["evaluation"] = {"path": str(write_jsonl(tmp_path / "more.jsonl", rows)), "num_prompts": 7}
     given = prepare(from_dict(config))
     assert len(given.evaluation) == 7
     for row, lost in [*zip(split.evaluation, split.rejected, strict=True), *zip(given.evaluation, given.rejected, strict=True)]:
         assert (row.index, row.prompt_ids) == (lost.index, lost.prompt_ids)
-        assert len(lost.real_ids) == len(preferences(20)[row.index]["rejected"].split()) + 1
+        written = preferences(20)[row.index]
+        assert [len(side.real_ids) for side in (row, lost)] == [len(written[answer].split()) + 1 for answer in ("chosen", "rejected")]
     given.save(tmp_path)
     assert load_rows(tmp_path / "eval_rejected.parquet") == given.rejected
 

@@ -27,6 +27,7 @@ best:
 claims:
   - [b/1, a/0]
   - [best of all, a/sft]
+columns: {not ended %: truncated_fraction}
 """
 
 
@@ -57,11 +58,12 @@ def experiment(tmp_path):
 def measure(experiment, root: Path, seed: int, arm: str, label: str, matched: float) -> None:
     run_dir = experiment.run_dir(root, seed, arm)
     raw = {"name": "t", "model": {"hf": "m"}, "data": {"path": "d"}, "spin": {"iterations": 2 if arm == "b" else 1}, "baselines": {}}
-    run_dir.open(from_dict(raw))
+    run_dir.open(from_dict({**raw, "generation": {"engine": ["hf"]}}))
+    run_dir.mark_done("prepare", seconds=1.0)
     target = run_dir.target(baseline="sft") if label == "sft" else run_dir.target(iteration=int(label))
     values = {
         "exact_match_sampled": matched, "exact_match_greedy": 1.0, "nll_per_token": 0.5, "likelihood": {"mix": {"nll_per_token": 0.25}},
-        "patterns": {"careless": {"sampled": 0.2, "exact_match_without": None}},
+        "truncated_fraction": 0.1, "patterns": {"careless": {"sampled": 0.2, "exact_match_without": None}},
     }  # fmt: skip
     write_json(target.eval, values)
 
@@ -78,7 +80,7 @@ def test_means_spreads_and_claims(experiment, tmp_path) -> None:
     rows = table.measured(experiment, tmp_path)
     cells = {row[0]: row[1:] for row in table.table(experiment, rows).rows}
     assert cells["SFT"][:2] == ["2", "50.0 ± 0.0"] and cells["b, iteration 0"][1] == "60.0 ± 28.3"
-    assert cells["a, iteration 0"][3:] == ["20.0 ± 0.0", "–", "0.5000 ± 0.0000", "0.2500 ± 0.0000"]  # noqa: RUF001
+    assert cells["a, iteration 0"][3:] == ["20.0 ± 0.0", "–", "0.5000 ± 0.0000", "0.2500 ± 0.0000", "10.0 ± 0.0"]  # noqa: RUF001
     assert cells["best of all"][1] == "70.0 ± 14.1"  # 0.6 and 0.8
     lines = table.claims(experiment, rows)
     assert lines[0] == "- b, iteration 1 above a, iteration 0: 1 of 2 seeds, by 0.0 ± 10.0 points"
@@ -88,7 +90,8 @@ def test_means_spreads_and_claims(experiment, tmp_path) -> None:
     measure(experiment, tmp_path, 1, "b", "sft", 0.9)  # the model that b began with is a's
     again = {row[0]: row[1:] for row in table.table(experiment, table.measured(experiment, tmp_path)).rows}
     assert again["SFT"] == cells["SFT"]
-    assert "Not finished: a (seed 1)" in table.block(tmp_path / "t.yaml", experiment, tmp_path)
+    block = table.block(tmp_path / "t.yaml", experiment, tmp_path)
+    assert "Not finished: a (seed 1)" in block and "t.yaml --engine hf`, on " in block and block.count("cores of") == 1
 
 
 def test_nothing_measured_is_said(experiment, tmp_path) -> None:

@@ -62,7 +62,7 @@ def test_preferences_as_conversations(tmp_path, suffix):
     ]
     path = tmp_path / f"d.{suffix}"
     write_jsonl(path, rows) if suffix == "jsonl" else datasets.Dataset.from_list(rows).to_parquet(str(path))
-    samples = read_samples(path, preferences=True)
+    samples = read_samples(path, rejected="needed")
     assert samples.rows == [Sample(0, "a", "b", None, "c"), Sample(3, "f", "g", "s", "h")]
     assert samples.dropped == {"several_turns": 1, "empty_answer": 1}
     assert read_samples(path).format == "messages"
@@ -70,7 +70,7 @@ def test_preferences_as_conversations(tmp_path, suffix):
 
 def test_preferences_without_a_rejected_answer(tmp_path):
     with pytest.raises(DataError, match=r"has no column chosen: training\.objective=dpo needs prompt, chosen and rejected"):
-        read_samples(write_jsonl(tmp_path / "d.jsonl", ROWS["prompt/response"]), preferences=True)
+        read_samples(write_jsonl(tmp_path / "d.jsonl", ROWS["prompt/response"]), rejected="needed")
 
 
 def test_json_lines_under_the_name_json_and_text_beyond_ascii(tmp_path):

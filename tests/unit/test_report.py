@@ -288,5 +288,13 @@ def test_a_readme_without_the_markers(tmp_path, text) -> None:
         replace_block(tmp_path / "README.md", "x")
 
 
+def test_a_run_names_each_machine_it_ran_on_once(tmp_path, monkeypatch) -> None:
+    run_dir = RunDir(tmp_path)
+    for name in ("here", "here", "there"):
+        monkeypatch.setattr(machine, "describe", lambda name=name: name)
+        run_dir.mark_done("prepare", seconds=1.0)
+    assert read_json(run_dir.state)["machines"] == ["here", "there"]
+
+
 def test_the_machine_has_a_name() -> None:
     assert "cores of" in machine.machine_name() and "GiB" in machine.machine_name()
