@@ -24,7 +24,7 @@ def test_keep_and_drop_truncated_answers():
 
 
 def test_none_left():
-    with pytest.raises(DataError, match="none of 1 generated answers ended"):
+    with pytest.raises(DataError, match="none of the opponent's 1 answers ended"):
         build_pairs(GENERATED[2:], iteration=0, truncated="drop")
 
 
