@@ -28,13 +28,16 @@ def machine_name() -> str:
 
 def versions() -> str:
     """Python's and the main packages' versions, as installed."""
-    found = [f"Python {platform.python_version()}"]
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join(found)
+    found = {"Python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
+    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
+
+
+def version_of(package: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ from packaging.version import Version
 
 from megatron_spin.config import Config, ParallelConfig
 from megatron_spin.errors import ConfigError, DeviceError
+from megatron_spin.machine import version_of
 from megatron_spin.parallel import cpu_device
 
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -248,14 +248,6 @@ def _kernels(config: Config, device: torch.device) -> str:
         return f"{layers}; torch's optimizers" + (f" ({' and '.join(hidden)} not used on a CPU)" if hidden else "")
     fused = "Transformer Engine's" if version_of("transformer-engine") else "apex's" if version_of("apex") else "torch's"
     return f"{layers}; {fused} optimizers"
-
-
-def version_of(package: str) -> str | None:
-    """Version of an installed package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def refuse_wrong_apex() -> None:
