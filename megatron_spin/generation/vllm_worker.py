@@ -8,11 +8,9 @@ Lines out: ``{"ready": true}``, then for each call ``{"finished": [[index, token
 ``{"done": true}``; or ``{"error": "...", "kind": "device" | "config" | "failure"}`` and the end.
 """
 
-import ctypes
 import json
 import os
 import queue
-import signal
 import sys
 import threading
 import traceback
@@ -20,10 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from megatron_spin.processes import die_with_parent
+
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
-PR_SET_PDEATHSIG = 1
 KV_SEQUENCES = 64
 """Sequences of full length that the KV cache on a CPU should hold at once."""
 
@@ -46,8 +45,7 @@ class _RefusedError(Exception):
 
 
 def main() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     # The channel keeps the real stdout for itself: vLLM and its libraries print to descriptor 1, which becomes the log.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

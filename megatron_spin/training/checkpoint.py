@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import queue
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,6 +29,7 @@ from megatron_spin.errors import CheckpointError
 from megatron_spin.hf.parameters import unwrap
 from megatron_spin.parallel.cpu_device import megatron_region
 from megatron_spin.parallel.setup import ParallelDims
+from megatron_spin.processes import forks_die_with_us
 from megatron_spin.run_dir import atomic_writer, sha256, write_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -92,6 +95,10 @@ def save_checkpoint(
     with megatron_region():
         sharded = _sharded_state(model, optimizer, is_loading=False)
         sharded |= {"iteration": step, "checkpoint_version": 3.0, "spin": state or {}}
+        # Megatron's own queue for what its writers report lives in a server process, which would survive a kill -9 of this one for ever, with
+        # the run directory's lock. It is for asynchronous saves; ours put and get in this process.
+        filesystem_async._results_queue = queue.Queue()
+        forks_die_with_us()  # the writers
         try:
             dist_checkpointing.save(sharded, str(partial), content_metadata=METADATA)
         except CheckpointException as error:  # Megatron writes in processes of its own: only the text of what they met comes back

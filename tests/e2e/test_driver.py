@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -80,11 +81,16 @@ def without_clocks(value: dict[str, Any]) -> dict[str, Any]:
     return {key: item for key, item in value.items() if key not in CLOCKS}
 
 
+def metrics(target: Path) -> list[dict[str, Any]]:
+    """The metrics of each step of one training."""
+    return [without_clocks(json.loads(line)) for line in (target / "metrics.jsonl").read_text().splitlines()]
+
+
 def results(run_dir: Path, targets: Sequence[str] = ("iteration_0", "iteration_1", "baselines/sft_continued")) -> dict[str, Any]:
     """Everything measured in a run: the metrics of each step and the evaluations."""
     found: dict[str, Any] = {}
     for target in targets:
-        found[target] = [without_clocks(json.loads(line)) for line in (run_dir / target / "metrics.jsonl").read_text().splitlines()]
+        found[target] = metrics(run_dir / target)
         found[f"{target}/eval"] = without_clocks(json.loads((run_dir / target / "eval.json").read_text()))
     return found
 
@@ -113,9 +119,9 @@ def test_self_play_leaves_what_the_contract_names(finished: tuple[Path, float]) 
         directory = run_dir / f"iteration_{iteration}"
         for name in ("generated", "pairs", "checkpoints", "hf", "tensorboard", "metrics.jsonl", "eval.json", "samples.jsonl", "DONE"):
             assert (directory / name).exists(), name
-        metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in metrics] == [1, 2, 3] and set(metrics[0]) >= METRIC_KEYS
-        assert metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+        rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 3] and set(rows[0]) >= METRIC_KEYS
+        assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
         assert (directory / "checkpoints/latest_checkpointed_iteration.txt").read_text().strip() == "3"
         measured = json.loads((directory / "eval.json").read_text())
         assert set(measured) >= EVAL_KEYS and measured["num_prompts"] == 12 and 0 <= measured["opponent_accuracy"] <= 1
@@ -198,7 +204,8 @@ def test_until_stops_after_the_phase(workplace: Path) -> None:
 def test_killed_at_a_random_moment_it_ends_the_same(finished: tuple[Path, float], workplace: Path) -> None:
     undisturbed, seconds = finished
     seed = int(os.environ.get("SPIN_TEST_SEED", time.time_ns() % 1_000_000))
-    moments = sorted(random.Random(seed).uniform(0.02, 0.9) * seconds for _ in range(2))
+    chance = random.Random(seed)
+    moments = sorted(chance.uniform(0.02, 0.9) * seconds for _ in range(2))
     print(f"kill -9 after {moments} s of about {seconds:.0f} s (SPIN_TEST_SEED={seed})")
     for moment in (moments[0], moments[1] - moments[0]):
         driver = start(workplace, "--run-dir", "killed")
@@ -268,6 +275,38 @@ def test_a_ranks_message_reaches_the_user(finished: tuple[Path, float], workplac
     ran = spin(workplace, "--run-dir", "broken", "--until", "train:0")
     assert "base" in one_line_error(ran)
     assert "ChildFailedError" not in ran.stdout and "ChildFailedError" in (broken / "logs/train_0.ranks.log").read_text()
+
+
+def wait_for_step(driver: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """Until the checkpoint of ``step`` is there, with the driver at work."""
+    tracker = run_dir / "iteration_0/checkpoints/latest_checkpointed_iteration.txt"
+    deadline = time.monotonic() + 120
+    while not (tracker.exists() and tracker.read_text().strip() == str(step)):
+        assert driver.poll() is None and time.monotonic() < deadline, f"no checkpoint of step {step}"
+        time.sleep(0.01)
+
+
+def test_nothing_outlives_a_kill_after_a_checkpoint(finished: tuple[Path, float], workplace: Path) -> None:
+    """Megatron starts processes of its own to write one; they must not hold the driver's pipes or its lock."""
+    run_dir = back_to_training(finished[0], workplace / "orphans")
+    driver = start(workplace, "--run-dir", "orphans", "--until", "train:0")
+    wait_for_step(driver, run_dir, 1)
+    processes = psutil.Process(driver.pid).children(recursive=True)
+    next(process for process in processes if process.environ().get("LOCAL_RANK") == "0").kill()  # as the kernel does when memory runs out
+    output, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 1 and "error: a process of train:0 was killed by a signal" in output, output[-3000:]
+    assert not psutil.wait_procs(processes, timeout=10)[1]
+
+    driver = start(workplace, "--run-dir", "orphans", "--until", "train:0")
+    wait_for_step(driver, run_dir, 2)
+    processes = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.communicate(timeout=60)
+    assert len(processes) >= 5 and not psutil.wait_procs(processes, timeout=10)[1]
+
+    ran = spin(workplace, "--run-dir", "orphans", "--until", "train:0")
+    assert ran.returncode == 0, ran.stderr
+    assert metrics(run_dir / "iteration_0") == metrics(finished[0] / "iteration_0")
 
 
 def test_a_gate_stops_the_run_with_status_1(finished: tuple[Path, float], workplace: Path) -> None:
