@@ -5,9 +5,7 @@ of ``TransformerConfig``, ``OptimizerConfig`` and ``DistributedDataParallelConfi
 """
 
 import dataclasses
-import difflib
 import re
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ import yaml
 
 from megatron_spin.errors import ConfigError
 from megatron_spin.guards import GuardsConfig
+from megatron_spin.parsing import Loader, apply_override, flatten, parse
 
 T = TypeVar("T")
 Engine: TypeAlias = Literal["vllm", "hf"]
@@ -161,6 +160,9 @@ class SpinConfig:
     """From iteration 1 on, add the previous iteration's generations, scored again under the new opponent."""
 
 
+DEFAULT_OPTIMIZER = {"optimizer": "adam", "clip_grad": 1.0, "weight_decay": 0.0}
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     objective: Literal["spin", "dpo", "sft"] = "spin"
@@ -187,13 +189,16 @@ class TrainingConfig:
     """How many of the newest checkpoints of an iteration stay on the disk."""
     seed: int = 0
     """Seed of the order of pairs."""
-    optimizer: dict[str, Any] = dataclasses.field(default_factory=lambda: {"optimizer": "adam", "clip_grad": 1.0, "weight_decay": 0.0})
-    """Any ``OptimizerConfig`` field; given keys are merged over the default.
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Any ``OptimizerConfig`` field; given keys are merged over :data:`DEFAULT_OPTIMIZER`.
 
     ``optimizer`` is ``adam``, ``sgd`` or ``rmsprop`` (the paper's). RMSProp is torch's, without momentum: ``adam_beta2`` is its alpha (0.99
     unless given), ``adam_eps`` its eps (1e-8), added to the root. ``weight_decay`` is decoupled as for AdamW, or with
     ``decoupled_weight_decay: false`` added to the gradient, which is what torch's RMSprop does.
     """
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "optimizer", {**DEFAULT_OPTIMIZER, **self.optimizer})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,13 +281,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         raise ConfigError(f"config file {path} holds no mapping: its top level needs name, model and data, see examples/configs/")
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     return from_dict(raw)
 
 
 def from_dict(raw: dict[str, Any]) -> Config:
     """Builds and checks a :class:`Config` from plain data; raises like :func:`load_config`."""
-    config = typing.cast(Config, _parse(Config, raw, ""))
+    config = typing.cast(Config, parse(Config, raw, ""))
     _check(config)
     return config
 
@@ -294,107 +299,9 @@ def to_yaml(config: Config) -> str:
 
 def changes_forbidden(path: Path, config: Config) -> list[str]:
     """Dotted keys, outside :data:`RESUMABLE`, whose value in the resolved file ``path`` differs from ``config``'s."""
-    old, new = _flatten(dataclasses.asdict(load_config(path))), _flatten(dataclasses.asdict(config))
+    old, new = flatten(dataclasses.asdict(load_config(path))), flatten(dataclasses.asdict(config))
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [key for key in differing if not any(key == free or key.startswith(f"{free}.") for free in RESUMABLE)]
-
-
-class Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 5e-7 for a string, since it has no dot; everybody who writes it means a number."""
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r} is not key=value: write for example spin.beta=0.2")
-    *parents, last = key.split(".")
-    node = raw
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r} goes through {parent!r}, which is not a section: check the dots")
-        node = child
-    try:
-        node[last] = yaml.load(text, Loader=Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
-
-
-def _parse(kind: Any, value: Any, path: str) -> Any:
-    """Converts plain data into the annotated type ``kind``, naming ``path`` in every error."""
-    if dataclasses.is_dataclass(kind):
-        return _parse_section(typing.cast(type, kind), value, path)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        for option in arguments:
-            try:
-                return _parse(option, value, path)
-            except ConfigError:
-                continue
-    elif origin is Literal:
-        if value is False and "off" in arguments:  # YAML 1.1 reads a bare off as false
-            return "off"
-        if value in arguments and type(value) in {type(argument) for argument in arguments}:
-            return value
-    elif origin is list:
-        if isinstance(value, list) and value:
-            return [_parse(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
-    elif origin is dict:
-        if isinstance(value, dict):
-            return {str(key): _parse(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
-    elif (
-        kind is Any
-        or (kind is type(None) and value is None)
-        or (isinstance(value, bool) and kind is bool)
-        or (kind in (int, str) and type(value) is kind)
-    ):
-        return value
-    elif kind is float and type(value) in (int, float):
-        return float(value)
-    raise ConfigError(f"{path}: {value!r} is not {_describe(kind)}")
-
-
-def _parse_section(kind: type, value: Any, path: str) -> Any:
-    if value is None:
-        value = {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: {value!r} is not a section with keys")
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    parsed = {}
-    for key, item in value.items():
-        where = f"{path}.{key}" if path else str(key)
-        if key not in fields:
-            nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
-            hint = f"did you mean {f'{path}.{nearest[0]}' if path else nearest[0]}?" if nearest else f"known keys: {', '.join(fields)}"
-            raise ConfigError(f"unknown config key {where}: {hint}")
-        parsed[key] = _parse(hints[key], item, where)
-    for name, field in fields.items():
-        if name not in parsed and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"config key {f'{path}.{name}' if path else name} is missing: it has no default")
-    if kind is TrainingConfig:
-        default = TrainingConfig().optimizer
-        parsed["optimizer"] = {**default, **parsed.get("optimizer", {})}
-    return kind(**parsed)
-
-
-def _describe(kind: Any) -> str:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_describe(option) for option in arguments))
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if origin is list:
-        return f"a list with a value an iteration ({_describe(arguments[0])})"
-    names: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    return "a mapping" if origin is dict else names.get(kind, str(kind))
 
 
 def _check(config: Config) -> None:
@@ -460,13 +367,3 @@ def _check(config: Config) -> None:
     for name in config.baselines:
         if name == "sft" or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise ConfigError(f"baselines.{name}: the name must begin with a letter, go on with letters, digits, '_' or '-', and not be sft")
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, dict) and item:
-            flat.update(_flatten(item, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = item
-    return flat

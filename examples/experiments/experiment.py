@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from megatron_spin.config import Loader
 from megatron_spin.errors import ConfigError
+from megatron_spin.parsing import Loader
 from megatron_spin.run_dir import RunDir
 
 
