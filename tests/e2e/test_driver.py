@@ -21,6 +21,7 @@ from megatron_spin.data.prepared import load_rows
 from megatron_spin.hf.logps import hf_token_logps, load_model
 from megatron_spin.report.probe import probe
 from megatron_spin.run_dir import RunDir
+from tests.support.processes import survivors
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -295,14 +296,14 @@ def test_nothing_outlives_a_kill_after_a_checkpoint(finished: tuple[Path, float]
     next(process for process in processes if process.environ().get("LOCAL_RANK") == "0").kill()  # as the kernel does when memory runs out
     output, _ = driver.communicate(timeout=60)
     assert driver.returncode == 1 and "error: a process of train:0 was killed by a signal" in output, output[-3000:]
-    assert not psutil.wait_procs(processes, timeout=10)[1]
+    assert not survivors(processes)
 
     driver = start(workplace, "--run-dir", "orphans", "--until", "train:0")
     wait_for_step(driver, run_dir, 2)
     processes = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.communicate(timeout=60)
-    assert len(processes) >= 5 and not psutil.wait_procs(processes, timeout=10)[1]
+    assert len(processes) >= 5 and not survivors(processes)
 
     ran = spin(workplace, "--run-dir", "orphans", "--until", "train:0")
     assert ran.returncode == 0, ran.stderr

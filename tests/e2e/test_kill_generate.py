@@ -6,10 +6,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_spin.data.pairs import load_pairs
 from megatron_spin.run_dir import RunDir, read_json, sha256
+from tests.support.processes import survivors
 from tests.support.runs import command, environment, run_tool, tiny_yaml
 
 KILLS = 3
@@ -18,18 +20,6 @@ ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 def shards(run: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in (run / "iteration_0" / "generated").glob("shard_*")}
-
-
-def children(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(word) for word in found.stdout.split()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
@@ -48,15 +38,12 @@ def test_killed_and_run_again(tmp_path, engine):
         process = subprocess.Popen(command("generate.py", config, "--run-dir", killed, "--iteration", 0), env=environment(**ENVIRONMENT))
         while process.poll() is None and len(shards(killed)) < target:
             time.sleep(0.001)
-        with_children = children(process.pid)
+        with_children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.kill()
         process.wait()
         left.append(len(shards(killed)))
         print(f"killed with {left[-1]} files there and {len(with_children)} child processes")
-        wait = time.monotonic() + 10
-        while any(alive(pid) for pid in with_children) and time.monotonic() < wait:
-            time.sleep(0.1)
-        assert not any(alive(pid) for pid in with_children), "the engine's process outlived the one that was killed"
+        assert not survivors(with_children), "the engine's process outlived the one that was killed"
     subprocess.run(command("generate.py", config, "--run-dir", killed, "--iteration", 0), check=True, env=environment(**ENVIRONMENT))
     assert any(0 < count < 20 for count in left), "no kill fell into the generation"
     assert len(shards(whole)) == 20  # 10 shards of 4 prompts, each with its manifest

@@ -6,6 +6,8 @@ import sys
 import psutil
 import pytest
 
+from tests.support.processes import survivors
+
 PARENT = """
 import multiprocessing, os, signal, time
 from megatron_spin.processes import forks_die_with_us
@@ -25,8 +27,8 @@ def test_a_fork_dies_with_its_parent(calls: int) -> None:
     assert parent.stdout is not None
     fork = psutil.Process(int(parent.stdout.readline()))
     parent.wait(timeout=60)
-    _, alive = psutil.wait_procs([fork], timeout=10 if calls else 0.5)
+    parent.stdout.close()
+    alive = survivors([fork], seconds=10 if calls else 0.5)
     for process in alive:
         process.kill()
-    parent.stdout.close()
     assert bool(alive) == (calls == 0)
