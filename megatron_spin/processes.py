@@ -1,4 +1,4 @@
-"""No process outlives the one that started it: an orphan would hold the run directory's lock and the driver's pipes."""
+"""Processes that die with the one that started them: an orphan would hold the run directory's lock and the driver's pipes."""
 
 import ctypes
 import functools
@@ -17,5 +17,19 @@ def die_with_parent() -> None:
 
 @functools.cache
 def forks_die_with_us() -> None:
-    """The same for every process that this one forks from now on, as Megatron does to write a checkpoint."""
-    os.register_at_fork(after_in_child=die_with_parent)
+    """The same for every ``os.fork`` of this process and its forks from now on, as Megatron forks the writers of a checkpoint.
+
+    It holds until the process ends. What ``subprocess`` or multiprocessing's ``spawn`` start is not reached: Python runs no hook there.
+    """
+    parent = 0
+
+    def before() -> None:
+        nonlocal parent
+        parent = os.getpid()
+
+    def after() -> None:
+        die_with_parent()
+        if os.getppid() != parent:  # it was gone before the kernel was asked
+            os._exit(1)
+
+    os.register_at_fork(before=before, after_in_child=after)

@@ -95,8 +95,8 @@ def save_checkpoint(
     with megatron_region():
         sharded = _sharded_state(model, optimizer, is_loading=False)
         sharded |= {"iteration": step, "checkpoint_version": 3.0, "spin": state or {}}
-        # Megatron's own queue for what its writers report lives in a server process, which would survive a kill -9 of this one for ever, with
-        # the run directory's lock. It is for asynchronous saves; ours put and get in this process.
+        # Megatron's own queue for what its writers report lives in a server process, which a kill -9 of this one would leave behind for ever,
+        # with the run directory's lock and the driver's pipes. It is for asynchronous saves; ours put and get in this process.
         filesystem_async._results_queue = queue.Queue()
         forks_die_with_us()  # the writers
         try:

@@ -278,36 +278,42 @@ def test_a_ranks_message_reaches_the_user(finished: tuple[Path, float], workplac
     assert "ChildFailedError" not in ran.stdout and "ChildFailedError" in (broken / "logs/train_0.ranks.log").read_text()
 
 
-def wait_for_step(driver: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    """Until the checkpoint of ``step`` is there, with the driver at work."""
-    tracker = run_dir / "iteration_0/checkpoints/latest_checkpointed_iteration.txt"
+def wait_for_checkpoint(driver: subprocess.Popen[str], checkpoints: Path) -> None:
+    """Until ``driver`` has written one more than there are."""
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    before = tracker.read_text() if tracker.exists() else ""
     deadline = time.monotonic() + 120
-    while not (tracker.exists() and tracker.read_text().strip() == str(step)):
-        assert driver.poll() is None and time.monotonic() < deadline, f"no checkpoint of step {step}"
+    while not tracker.exists() or tracker.read_text() == before:
+        assert driver.poll() is None and time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.01)
 
 
 def test_nothing_outlives_a_kill_after_a_checkpoint(finished: tuple[Path, float], workplace: Path) -> None:
     """Megatron starts processes of its own to write one; they must not hold the driver's pipes or its lock."""
     run_dir = back_to_training(finished[0], workplace / "orphans")
-    driver = start(workplace, "--run-dir", "orphans", "--until", "train:0")
-    wait_for_step(driver, run_dir, 1)
+    longer = yaml.safe_load((run_dir / "config.yaml").read_text())
+    longer["training"]["steps"] = 30  # not at the end before the second kill
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(longer))
+    arguments = ("training.steps=30", "--run-dir", "orphans", "--until", "train:0")
+
+    driver = start(workplace, *arguments)
+    wait_for_checkpoint(driver, run_dir / "iteration_0/checkpoints")
     processes = psutil.Process(driver.pid).children(recursive=True)
     next(process for process in processes if process.environ().get("LOCAL_RANK") == "0").kill()  # as the kernel does when memory runs out
     output, _ = driver.communicate(timeout=60)
     assert driver.returncode == 1 and "error: a process of train:0 was killed by a signal" in output, output[-3000:]
     assert not survivors(processes)
 
-    driver = start(workplace, "--run-dir", "orphans", "--until", "train:0")
-    wait_for_step(driver, run_dir, 2)
+    driver = start(workplace, *arguments)
+    wait_for_checkpoint(driver, run_dir / "iteration_0/checkpoints")
     processes = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.communicate(timeout=60)
     assert len(processes) >= 5 and not survivors(processes)
 
-    ran = spin(workplace, "--run-dir", "orphans", "--until", "train:0")
+    ran = spin(workplace, *arguments)
     assert ran.returncode == 0, ran.stderr
-    assert metrics(run_dir / "iteration_0") == metrics(finished[0] / "iteration_0")
+    assert [row["step"] for row in metrics(run_dir / "iteration_0")] == list(range(1, 31))
 
 
 def test_a_gate_stops_the_run_with_status_1(finished: tuple[Path, float], workplace: Path) -> None:
