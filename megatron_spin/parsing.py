@@ -1,4 +1,6 @@
-"""Plain data into frozen dataclasses, by their annotations: every key known, every value of its type, or one line that names the key."""
+"""YAML and ``key=value`` overrides into frozen dataclasses, by their annotations: every key known, every value of its type, or one line that names
+the key.
+"""
 
 import dataclasses
 import difflib
@@ -117,7 +119,7 @@ def _describe(kind: Any) -> str:
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted keys."""
+    """Nested mappings as one, by dotted keys; an empty one stays as it is."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict) and item:
