@@ -161,6 +161,7 @@ class SpinConfig:
 
 
 DEFAULT_OPTIMIZER = {"optimizer": "adam", "clip_grad": 1.0, "weight_decay": 0.0}
+"""What ``training.optimizer`` is without keys of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
