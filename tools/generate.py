@@ -11,8 +11,8 @@ def main() -> None:
     arguments = cli.parse(parser)
     config, root = cli.read_config(arguments)
 
-    from megatron_spin.generation.phase import generate_iteration
-    from megatron_spin.run_dir import RunDir
+    from megatron_spin.phases.generate import generate_iteration
+    from megatron_spin.run.directory import RunDir
 
     run_dir = RunDir(root)
     run_dir.open(config)

@@ -1,8 +1,8 @@
 """Looks whether an iteration is fit to become the opponent: warns, stops (status 2) or rolls back, as `guards` in the config says."""
 
 from megatron_spin import cli
-from megatron_spin.guarding import guard, settled
-from megatron_spin.run_dir import RunDir
+from megatron_spin.phases.guard import guard, settled
+from megatron_spin.run.directory import RunDir
 
 
 def main() -> None:

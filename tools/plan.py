@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from megatron_spin import cli
-from megatron_spin.plan import Plan, as_text, finish
-from megatron_spin.preflight import check
-from megatron_spin.run_dir import RunDir
+from megatron_spin.run.directory import RunDir
+from megatron_spin.run.plan import Plan, as_text, finish
+from megatron_spin.run.preflight import check
 
 
 def main() -> None:

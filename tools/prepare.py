@@ -10,8 +10,8 @@ def main() -> None:
     parser = cli.config_parser("Read, check and tokenize the data into RUN_DIR/data, with a held-out part if the config asks for one.")
     config, root = cli.read_config(cli.parse(parser))
 
-    from megatron_spin.data.preparation import describe, prepare
-    from megatron_spin.run_dir import RunDir
+    from megatron_spin.phases.prepare import describe, prepare
+    from megatron_spin.run.directory import RunDir
 
     run_dir = RunDir(root)
     if run_dir.config.exists():

@@ -36,8 +36,9 @@ def main() -> None:
     if status:
         sys.exit(status)  # the driver has said why
 
-    from megatron_spin.report.probe import print_probe, probe
-    from megatron_spin.run_dir import RunDir, write_json
+    from megatron_spin.io import write_json
+    from megatron_spin.report.diagnosis import print_probe, probe
+    from megatron_spin.run.directory import RunDir
 
     result = probe(RunDir(root))
     write_json(root / "probe.json", dataclasses.asdict(result))

@@ -9,7 +9,7 @@ from megatron_spin.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_spin.report.results import Results
-    from megatron_spin.report.samples import Decoding
+    from megatron_spin.report.side_by_side import Decoding
 
 
 def main() -> None:
@@ -25,9 +25,9 @@ def main() -> None:
 
     results = read_results(arguments.run_dir)
 
+    from megatron_spin.io import atomic_writer
     from megatron_spin.report.plot import plot
     from megatron_spin.report.table import print_report, report_markdown
-    from megatron_spin.run_dir import atomic_writer
 
     picture, text = arguments.run_dir / "report.png", arguments.run_dir / "report.md"
     plot(results, picture)
@@ -39,8 +39,8 @@ def main() -> None:
 
 def write_samples(results: "Results", count: int, decoding: "Decoding") -> Path | None:
     """Writes samples.md beside the report; None where it is not wanted or no model has answered anything yet."""
-    from megatron_spin.report.samples import read_samples, samples_markdown
-    from megatron_spin.run_dir import atomic_writer
+    from megatron_spin.io import atomic_writer
+    from megatron_spin.report.side_by_side import read_samples, samples_markdown
 
     if not count or not results.evaluated:
         return None

@@ -10,7 +10,7 @@ Runs self-play fine-tuning: prepare, import, then for each iteration T generate:
 baselines (with training.objective=dpo one iteration without generate:0, with sft without guard:0, too).
 A phase that is done is skipped, so the same command continues a run that was stopped or killed.
 
-  CONFIG.yaml       the configuration, see examples/configs/; megatron_spin/config.py lists its keys
+  CONFIG.yaml       the configuration, see examples/configs/; megatron_spin/config/ lists its keys
   --run-dir DIR     where everything goes (default: runs/NAME, NAME from the configuration)
   --dry-run         check everything, print the plan, start nothing
   --until PHASE:T   stop after this phase, for example --until train:0
@@ -69,7 +69,7 @@ find_tools() {
 # --------------------------------------------------------------------------------------------------------------------- plan
 
 # First line: the run directory and the result, if there is one yet. Then a line a phase: phase, status, processes, what it does, command... with
-# TABs between (megatron_spin/plan.py).
+# TABs between (megatron_spin/run/plan.py).
 read_plan() { # [--check]
   local arguments=("$config" "${overrides[@]}" "$@") text
   [[ -z $run_dir ]] || arguments+=(--run-dir "$run_dir")

@@ -15,7 +15,7 @@ def main() -> None:
     config, root = cli.read_config(arguments)
 
     from megatron_spin.parallel.setup import check_config, choose_device
-    from megatron_spin.run_dir import RunDir
+    from megatron_spin.run.directory import RunDir
 
     run_dir = RunDir(root)
     target = run_dir.target(iteration=arguments.iteration, baseline=arguments.baseline)
@@ -27,8 +27,8 @@ def main() -> None:
     device = choose_device(config.device)
     check_config(config, device, world_size=world_size)
 
+    from megatron_spin.phases.train import read_inputs, train  # after choose_device, which installs the CPU adapter before Megatron
     from megatron_spin.training.optimizer import optimizer_config
-    from megatron_spin.training.phase import read_inputs, train  # after choose_device, which installs the CPU adapter before Megatron
 
     optimizer_config(config, learning_rate=1.0)
     inputs = read_inputs(config, run_dir, target)

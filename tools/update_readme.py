@@ -14,9 +14,9 @@ def main() -> None:
     arguments = cli.parse(parser)
 
     from megatron_spin.errors import RunDirError
+    from megatron_spin.io import atomic_writer
     from megatron_spin.report.readme import replace_block, run_block
     from megatron_spin.report.results import read_results
-    from megatron_spin.run_dir import atomic_writer
 
     report = arguments.run_dir / "report.png"
     if not report.exists():

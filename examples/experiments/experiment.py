@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from megatron_spin.config.parsing import Loader
 from megatron_spin.errors import ConfigError
-from megatron_spin.parsing import Loader
-from megatron_spin.run_dir import RunDir
+from megatron_spin.run.directory import RunDir
 
 
 @dataclasses.dataclass(frozen=True)

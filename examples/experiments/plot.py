@@ -10,8 +10,8 @@ from examples.experiments.experiment import Experiment, read_experiment
 from examples.experiments.table import Values, measured
 from megatron_spin import cli
 from megatron_spin.errors import RunDirError
+from megatron_spin.io import atomic_writer
 from megatron_spin.report.plot import STYLE
-from megatron_spin.run_dir import atomic_writer
 
 COLORS = ("#1f6f8b", "#d1603d", "#2b2f36", "#8a919c", "#7a9e3d")
 DATA_SHARE = 20.0

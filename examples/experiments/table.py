@@ -14,11 +14,12 @@ from examples.experiments.experiment import Experiment, read_experiment
 from megatron_spin import cli
 from megatron_spin.config import at_iteration, load_config
 from megatron_spin.errors import RunDirError
-from megatron_spin.guarding import played, rolled_back
+from megatron_spin.io import atomic_writer, read_json
+from megatron_spin.phases.guard import played, rolled_back
 from megatron_spin.report.readme import replace_block
 from megatron_spin.report.results import players
 from megatron_spin.report.table import DASH, Table, markdown
-from megatron_spin.run_dir import RunDir, atomic_writer, read_json
+from megatron_spin.run.directory import RunDir
 
 Values = dict[str, Any]
 """What an ``eval.json`` holds."""

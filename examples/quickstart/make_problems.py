@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_spin import cli
-from megatron_spin.run_dir import atomic_writer
+from megatron_spin.io import atomic_writer
 
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack")
 ITEMS = ("apples", "books", "coins", "cards", "eggs", "marbles", "pens", "shells", "stamps", "toys")

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from megatron_spin.data.prepared import TOKENS, hash_rows, read_table, write_table
+from megatron_spin.data.rows import TOKENS, hash_rows, read_table, write_table
 from megatron_spin.errors import DataError, RunDirError
-from megatron_spin.run_dir import read_json, write_json
+from megatron_spin.io import read_json, write_json
 
 SCHEMA = pa.schema(
     [

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from megatron_spin.data.prepared import Row
+from megatron_spin.data.rows import Row
 from megatron_spin.errors import RunDirError
 from megatron_spin.generation.engine import Completion
-from megatron_spin.run_dir import atomic_writer, sha256, write_json
+from megatron_spin.io import atomic_writer, sha256, write_json
 
 
 @dataclasses.dataclass(frozen=True)

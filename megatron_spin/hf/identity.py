@@ -50,7 +50,7 @@ def identity(hf_dir: Path, dtype: str) -> str:
     """Identity of the Hugging Face model in ``hf_dir`` with its weights cast to ``dtype`` (``fp32`` or ``bf16``): 64 hexadecimal digits.
 
     Names, shapes and bytes count; buffers, a tied ``lm_head`` and the layout of the files do not. Streaming a Megatron model of the same
-    weights (:func:`megatron_spin.hf.export.export_hf`) gives the same digits at any parallel layout.
+    weights (:func:`megatron_spin.conversion.export.export_hf`) gives the same digits at any parallel layout.
 
     Raises:
         CheckpointError: the directory has no readable safetensors.

@@ -17,9 +17,9 @@ from megatron_spin.errors import ConfigError
 from megatron_spin.hf.files import read_config
 from megatron_spin.models.gpt import gpt_model
 from megatron_spin.models.precision import allowed_dtypes, in_precision
+from megatron_spin.models.vocabulary import mask_padding
 from megatron_spin.parallel.cpu_device import megatron_region
 from megatron_spin.parallel.setup import ParallelDims
-from megatron_spin.spin.logps import mask_padding
 
 ModelProvider = Callable[..., MegatronModule]
 """``(pre_process, post_process, vp_stage) -> model``: Megatron-LM's ``model_provider``, Megatron-Bridge's ``GPTModelProvider.provide``."""

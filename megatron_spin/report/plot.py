@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_spin.io import atomic_writer
 from megatron_spin.report.results import Evaluated, Results
-from megatron_spin.run_dir import atomic_writer
 
 INK, FAINT, BAND = "#2b2f36", "#8a919c", "#f3f5f8"
 SPIN, SPIN_LIGHT, BASELINE, BASELINE_LIGHT, WARM = "#1f6f8b", "#9cc7d6", "#8a919c", "#c9ced6", "#d1603d"

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 from megatron_spin.errors import RunDirError
-from megatron_spin.guarding import played
+from megatron_spin.phases.guard import played
 from megatron_spin.report.results import Results
 from megatron_spin.report.table import comparison, markdown
-from megatron_spin.run_dir import RunDir
+from megatron_spin.run.directory import RunDir
 
 
 def run_block(results: Results, *, picture: Path, readme: Path) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spin.config import Config, load_config
-from megatron_spin.data.prepared import load_rows
+from megatron_spin.data.rows import load_rows
 from megatron_spin.data.templates import load_tokenizer
 from megatron_spin.errors import RunDirError
-from megatron_spin.guarding import model_name
-from megatron_spin.run_dir import RunDir, Target, read_json
+from megatron_spin.io import read_json
+from megatron_spin.phases.guard import model_name
+from megatron_spin.run.directory import RunDir, Target
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,12 +25,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_spin.conversion.parameters import unwrap
 from megatron_spin.errors import CheckpointError
-from megatron_spin.hf.parameters import unwrap
+from megatron_spin.io import atomic_writer, sha256, write_json
 from megatron_spin.parallel.cpu_device import megatron_region
 from megatron_spin.parallel.setup import ParallelDims
 from megatron_spin.processes import forks_die_with_us
-from megatron_spin.run_dir import atomic_writer, sha256, write_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"

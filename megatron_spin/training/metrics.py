@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from megatron_spin.run_dir import atomic_writer
+from megatron_spin.io import atomic_writer
 
 PAIR_METRICS = ("loss", "margin", "accuracy", "real_logps", "generated_logps", "real_reward", "generated_reward")
 """Averages over the pairs of a step that the SPIN step reports; the SFT step reports the two below, the rest are null."""

@@ -110,7 +110,7 @@ def first_loss_errors(values: list[tuple[float, float]]) -> list[str]:
 
     choose_device("cpu")
     from megatron_spin.errors import GateError
-    from megatron_spin.spin.scores import OpponentGate
+    from megatron_spin.training.scoring import OpponentGate
 
     gate, errors = OpponentGate(1e-5, 0.0, real_nll=2.0), []
     for value, weight in values:

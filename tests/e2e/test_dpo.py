@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_spin.io import read_json
 from megatron_spin.report.results import read_results
-from megatron_spin.run_dir import read_json
 from tests.support.runs import REPOSITORY, metrics
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 
-from megatron_spin.data.prepared import load_rows
+from megatron_spin.data.rows import load_rows
 from megatron_spin.hf.logps import hf_token_logps, load_model
-from megatron_spin.report.probe import probe
-from megatron_spin.run_dir import RunDir
+from megatron_spin.report.diagnosis import probe
+from megatron_spin.run.directory import RunDir
 from tests.support.processes import survivors
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl
 

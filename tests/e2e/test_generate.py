@@ -11,9 +11,10 @@ from megatron_spin.config import load_config
 from megatron_spin.data.pairs import load_pairs
 from megatron_spin.errors import ConfigError, DeviceError, RunDirError
 from megatron_spin.generation.engine import EngineSettings, answer_caps, open_session
-from megatron_spin.generation.phase import generate_iteration
 from megatron_spin.hf.identity import identity
-from megatron_spin.run_dir import RunDir, read_json, sha256, write_json
+from megatron_spin.io import read_json, sha256, write_json
+from megatron_spin.phases.generate import generate_iteration
+from megatron_spin.run.directory import RunDir
 from tests.support.runs import run_tool, tiny_yaml
 from tests.support.tiny import EOS, SPECIAL, tiny_model
 

@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from megatron_spin.data.pairs import load_pairs
-from megatron_spin.run_dir import RunDir, read_json, sha256
+from megatron_spin.io import read_json, sha256
+from megatron_spin.run.directory import RunDir
 from tests.support.processes import survivors
 from tests.support.runs import command, environment, run_tool, tiny_yaml
 

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from megatron_spin.config import from_dict
-from megatron_spin.data.preparation import describe, prepare
-from megatron_spin.data.prepared import load_rows
+from megatron_spin.data.rows import load_rows
 from megatron_spin.errors import CheckpointError, ConfigError, DataError
-from megatron_spin.run_dir import read_json
+from megatron_spin.io import read_json
+from megatron_spin.phases.prepare import describe, prepare
 from tests.support.runs import run_tool
 from tests.support.tiny import BOS, EOS, SPECIAL, VOCABULARY, sft_rows, tiny_model, tiny_tokenizer, write_jsonl
 

@@ -76,13 +76,13 @@ def test_a_users_own_data(tmp_path: Path) -> None:
 
 def trained(run_dir: Path) -> set[int]:
     """Row numbers that a run trained on."""
-    from megatron_spin.data.prepared import load_rows
+    from megatron_spin.data.rows import load_rows
 
     return {row.index for row in load_rows(run_dir / "data/train.parquet")}
 
 
 def held_out(run_dir: Path) -> set[int]:
-    from megatron_spin.data.prepared import load_rows
+    from megatron_spin.data.rows import load_rows
 
     return {row.index for row in load_rows(run_dir / "data/eval.parquet")}
 

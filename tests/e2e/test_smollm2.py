@@ -13,7 +13,7 @@ import pytest
 from examples.smollm2.make_model import GGUF, check_tokenizer, find_wheel, take_gguf
 from megatron_spin.data.templates import load_tokenizer
 from megatron_spin.errors import CheckpointError
-from megatron_spin.run_dir import read_json
+from megatron_spin.io import read_json
 from tests.support.runs import REPOSITORY
 
 EXAMPLE = REPOSITORY / "examples/smollm2"

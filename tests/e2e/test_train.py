@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from megatron_spin.run_dir import sha256
+from megatron_spin.io import sha256
 from tests.support.runs import REPOSITORY, command, environment, metrics, run_tool
 
 STEPS = 5  # 40 pairs, 8 a step, one epoch

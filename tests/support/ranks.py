@@ -38,12 +38,12 @@ def make_trainer(config: Config, pairs: list[Any], scores: np.ndarray | None, *,
     from megatron_spin.parallel.setup import choose_device, initialize
 
     device = choose_device(config.device)
+    from megatron_spin.conversion.load import load_hf
     from megatron_spin.data.batches import BatchSampler, Example, sequence_length
-    from megatron_spin.hf.load import load_hf
     from megatron_spin.models.provider import build_model
-    from megatron_spin.spin.scores import BatchShape
-    from megatron_spin.spin.step import sft_forward_step, spin_forward_step
+    from megatron_spin.training.forward_step import sft_forward_step, spin_forward_step
     from megatron_spin.training.optimizer import wrap_and_optimize
+    from megatron_spin.training.scoring import BatchShape
     from megatron_spin.training.trainer import Schedule, Trainer
 
     dims = initialize(config.parallel, device)
@@ -71,7 +71,7 @@ def gradients(trainer: Any, hf: Path) -> dict[str, np.ndarray]:
 
 def weights(trainer: Any, hf: Path) -> dict[str, np.ndarray]:
     """The weights under their Hugging Face names, on rank 0 (empty elsewhere)."""
-    from megatron_spin.hf.export import stream_hf
+    from megatron_spin.conversion.export import stream_hf
     from megatron_spin.hf.files import read_config
 
     return {name: tensor.numpy().copy() for name, tensor in stream_hf(trainer.model, read_config(hf), trainer.dims, "fp32")}
@@ -115,6 +115,6 @@ def resumed_weights(
 def scores_of(config: Config, pairs: list[Any]) -> np.ndarray:
     """Summed log-probs of all pairs by the scoring pass, [N, 2]."""
     trainer = make_trainer(config, pairs, None)  # first: it installs the CPU adapter, which must come before Megatron
-    from megatron_spin.spin.scores import score
+    from megatron_spin.training.scoring import score
 
     return score(trainer.model, trainer.examples, np.arange(len(pairs)), shape=trainer.shape, dims=trainer.dims)

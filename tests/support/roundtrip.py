@@ -96,10 +96,10 @@ def roundtrip(hf_dir: Path, out_dir: Path, *, tp_size: int = 1, pp_size: int = 1
         The identity, on every rank.
     """
     model, dims = start(hf_dir, tp_size=tp_size, pp_size=pp_size, dtype=dtype)
-    from megatron_spin.hf.export import export_hf
+    from megatron_spin.conversion.export import export_hf
+    from megatron_spin.conversion.load import load_hf
+    from megatron_spin.conversion.parameters import global_named_parameters
     from megatron_spin.hf.identity import identity
-    from megatron_spin.hf.load import load_hf
-    from megatron_spin.hf.parameters import global_named_parameters
 
     load_hf(model, hf_dir, dims)
     tied = json.loads((hf_dir / "config.json").read_text())["tie_word_embeddings"]
@@ -119,7 +119,7 @@ def load_error(hf_dir: Path, *, built_from: Path, tp_size: int, pp_size: int) ->
     from megatron_spin.errors import CheckpointError
 
     model, dims = start(built_from, tp_size=tp_size, pp_size=pp_size)
-    from megatron_spin.hf.load import load_hf
+    from megatron_spin.conversion.load import load_hf
 
     try:
         load_hf(model, hf_dir, dims)
@@ -133,8 +133,8 @@ def untied_copies_error(hf_dir: Path, out_dir: Path) -> str:
     from megatron_spin.errors import CheckpointError
 
     model, dims = start(hf_dir, pp_size=2)
-    from megatron_spin.hf.export import export_hf
-    from megatron_spin.hf.load import load_hf
+    from megatron_spin.conversion.export import export_hf
+    from megatron_spin.conversion.load import load_hf
 
     load_hf(model, hf_dir, dims)
     if dims.is_last_stage:
@@ -150,8 +150,8 @@ def untied_copies_error(hf_dir: Path, out_dir: Path) -> str:
 def export_without_space(hf_dir: Path, out_dir: Path, *, tp_size: int, pp_size: int, limit: int) -> int | None:
     """The system's error number with which an export ends, on this rank, where no file may grow beyond ``limit`` bytes."""
     model, dims = start(hf_dir, tp_size=tp_size, pp_size=pp_size)
-    from megatron_spin.hf.export import export_hf
-    from megatron_spin.hf.load import load_hf
+    from megatron_spin.conversion.export import export_hf
+    from megatron_spin.conversion.load import load_hf
 
     load_hf(model, hf_dir, dims)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -176,8 +176,8 @@ def gate_differences(
     from megatron_spin.errors import GateError
 
     model, dims = start(hf_dir, tp_size=tp_size, pp_size=pp_size, dtype=dtype)
-    from megatron_spin.hf.load import load_hf
-    from megatron_spin.spin.parity import BOUNDS, check_parity, megatron_probe, random_sequences
+    from megatron_spin.conversion.load import load_hf
+    from megatron_spin.conversion.parity import BOUNDS, check_parity, megatron_probe, random_sequences
 
     load_hf(model, hf_dir, dims)
     probe = megatron_probe(model, random_sequences(json.loads((hf_dir / "config.json").read_text())), dims=dims)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_spin.data.batches import BatchSampler, Example, collate, microbatch_indices, sequence_length
 from megatron_spin.errors import DataError
-from megatron_spin.spin.step import response_logps
+from megatron_spin.training.forward_step import response_logps
 
 CPU = torch.device("cpu")
 END = 2

@@ -9,7 +9,7 @@ import yaml
 
 from megatron_spin.config import BaselineConfig, Config, at_iteration, changes_forbidden, from_dict, load_config, to_yaml
 from megatron_spin.errors import ConfigError
-from megatron_spin.run_dir import RunDir
+from megatron_spin.run.directory import RunDir
 
 MINIMAL: dict[str, Any] = {"name": "run", "model": {"hf": "model"}, "data": {"path": "data.jsonl"}}
 

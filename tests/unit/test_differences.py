@@ -7,7 +7,7 @@ import pytest
 
 from megatron_spin.evaluation.differences import differences, phrases
 from megatron_spin.evaluation.metrics import Answer, Mean
-from megatron_spin.report.probe import Probe, lines, verdict
+from megatron_spin.report.diagnosis import Probe, lines, verdict
 
 
 def answers(texts: list[str], *, truncated: int = 0) -> list[Answer]:

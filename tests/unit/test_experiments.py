@@ -9,8 +9,8 @@ from examples.experiments.experiment import read_experiment
 from examples.experiments.run import Runner
 from megatron_spin.config import from_dict, load_config
 from megatron_spin.errors import ConfigError, RunDirError
+from megatron_spin.io import write_json
 from megatron_spin.parallel.setup import choose_device
-from megatron_spin.run_dir import write_json
 from tests.support.runs import REPOSITORY
 
 FILES = sorted((REPOSITORY / "examples" / "experiments").glob("*.yaml"))

@@ -10,8 +10,9 @@ import pytest
 
 from megatron_spin.config import Config, from_dict
 from megatron_spin.errors import GuardError, RunDirError
-from megatron_spin.guarding import guard, played, result, result_hf, rolled_back, settled
-from megatron_spin.run_dir import RunDir, read_json, write_json
+from megatron_spin.io import read_json, write_json
+from megatron_spin.phases.guard import guard, played, result, result_hf, rolled_back, settled
+from megatron_spin.run.directory import RunDir
 from tests.unit.test_guards import curve, evaluation
 
 

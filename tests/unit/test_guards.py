@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_spin.config import from_dict, to_yaml
 from megatron_spin.errors import ConfigError
-from megatron_spin.guards import GuardsConfig, Measures, Verdict, judge, outcome
+from megatron_spin.evaluation.guards import GuardsConfig, Measures, Verdict, judge, outcome
 
 STEPS = 40
 BASE: dict[str, Any] = {"name": "n", "model": {"hf": "m"}, "data": {"path": "d"}}

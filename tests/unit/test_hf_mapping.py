@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from megatron_spin.errors import CheckpointError
 from megatron_spin.hf.assets import copy_assets, set_dtype, stored_dtype
-from megatron_spin.hf.families import FAMILIES, family_of
 from megatron_spin.hf.files import TensorFiles
-from megatron_spin.hf.mapping import ColumnParallel, Direct, GateUp, Geometry, QueryKeyValue, RowParallel, Rule, VocabParallel
+from megatron_spin.models.families import FAMILIES, family_of
+from megatron_spin.models.rules import ColumnParallel, Direct, GateUp, Geometry, QueryKeyValue, RowParallel, Rule, VocabParallel
 
 CONFIG = {
     "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "vocab_size": 83,

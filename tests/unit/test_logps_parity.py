@@ -44,7 +44,7 @@ def build(hf: Path, **sections):
 
     config = tiny_config(hf, **sections)
     device = choose_device(config.device)
-    from megatron_spin.hf.load import load_hf
+    from megatron_spin.conversion.load import load_hf
     from megatron_spin.models.provider import build_model
 
     dims = initialize(config.parallel, device)

@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_spin.data.pairs import Pair, build_pairs, load_pairs, previous_pairs, save_pairs
-from megatron_spin.data.prepared import Row, hash_rows, load_rows, save_rows
+from megatron_spin.data.rows import Row, hash_rows, load_rows, save_rows
 from megatron_spin.errors import DataError, RunDirError
 
 GENERATED = [

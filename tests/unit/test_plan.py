@@ -10,9 +10,10 @@ import pytest
 
 from megatron_spin.config import Config, from_dict, to_yaml
 from megatron_spin.errors import CheckpointError, ConfigError, DataError, DeviceError, RunDirError, SpinError
-from megatron_spin.plan import Plan, as_text, finish, processes
-from megatron_spin.preflight import check
-from megatron_spin.run_dir import RunDir, read_json
+from megatron_spin.io import read_json
+from megatron_spin.run.directory import RunDir
+from megatron_spin.run.plan import Plan, as_text, finish, processes
+from megatron_spin.run.preflight import check
 
 FOLLOWING = ("train", "export", "evaluate", "finish")
 """The phases of a baseline."""

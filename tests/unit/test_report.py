@@ -12,13 +12,14 @@ import pytest
 
 from megatron_spin import machine
 from megatron_spin.config import Config, from_dict
-from megatron_spin.data.prepared import Row, save_rows
+from megatron_spin.data.rows import Row, save_rows
 from megatron_spin.errors import RunDirError
+from megatron_spin.io import read_json, write_json
 from megatron_spin.report.plot import plot
 from megatron_spin.report.readme import markers, replace_block, run_block
 from megatron_spin.report.results import players, read_results
 from megatron_spin.report.table import DASH, comparison, markdown, report_markdown, times
-from megatron_spin.run_dir import RunDir, read_json, write_json
+from megatron_spin.run.directory import RunDir
 from tests.support.runs import REPOSITORY, environment
 from tests.support.tiny import tiny_tokenizer, write_jsonl
 
@@ -186,7 +187,7 @@ def test_as_many_steps_at_another_rate_has_another_name(run, tmp_path) -> None:
 
 def test_memory_is_recorded_in_gib(tmp_path) -> None:
     """Of a child that has ended, too: vLLM's process is the largest of a generation."""
-    script = "import json, sys; from pathlib import Path; from megatron_spin.run_dir import RunDir; run = RunDir(Path(sys.argv[1])); "
+    script = "import json, sys; from pathlib import Path; from megatron_spin.run.directory import RunDir; run = RunDir(Path(sys.argv[1])); "
     script += "import subprocess; subprocess.run([sys.executable, '-c', 'x = bytearray(300 * 2**20); x[::4096] = b\"1\" * len(x[::4096])']); "
     # Behind a shell: what a process counts as its own begins with the memory of the one that it was forked from.
     command = ["bash", "-c", '"$@"; exit', "bash", sys.executable, "-c", script + "run.mark_done('a', seconds=1)", str(tmp_path)]

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_spin.config import from_dict
 from megatron_spin.errors import RunDirError
-from megatron_spin.report.samples import WIDTH, read_samples, samples_markdown
-from megatron_spin.run_dir import RunDir
+from megatron_spin.report.side_by_side import WIDTH, read_samples, samples_markdown
+from megatron_spin.run.directory import RunDir
 from tests.support.tiny import write_jsonl
 
 MODELS = ("baselines/sft", "baselines/more", "iteration_0", "iteration_1")

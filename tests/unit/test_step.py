@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_spin.data.batches import Example, collate
-from megatron_spin.spin.step import spin_forward_step
+from megatron_spin.training.forward_step import spin_forward_step
 
 
 class GivenLosses(torch.nn.Module):

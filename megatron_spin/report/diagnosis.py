@@ -9,7 +9,8 @@ from megatron_spin.data.pairs import load_pairs
 from megatron_spin.data.templates import load_tokenizer
 from megatron_spin.evaluation.differences import Differences, Phrase, differences
 from megatron_spin.evaluation.metrics import Answer
-from megatron_spin.run_dir import RunDir, read_json
+from megatron_spin.io import read_json
+from megatron_spin.run.directory import RunDir
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_spin.conversion.parameters import Mapped, mapped_parameters
 from megatron_spin.errors import CheckpointError
 from megatron_spin.hf.assets import copy_assets, set_dtype
-from megatron_spin.hf.collective import gather_objects, raised_everywhere
-from megatron_spin.hf.families import Family, family_of
 from megatron_spin.hf.files import DTYPES, read_config, write_safetensors
 from megatron_spin.hf.identity import IdentityHasher, tensor_digest
-from megatron_spin.hf.mapping import Geometry, Shape
-from megatron_spin.hf.parameters import Mapped, mapped_parameters
+from megatron_spin.models.families import Family, family_of
+from megatron_spin.models.rules import Geometry, Shape
+from megatron_spin.parallel.collectives import gather_objects, raised_everywhere
 from megatron_spin.parallel.setup import ParallelDims
 
 MARKER = "export.json"

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save
 from megatron_spin.data.batches import Example, collate, sequence_length
 from megatron_spin.errors import CheckpointError, GateError
 from megatron_spin.hf.logps import TokenIds, hf_token_logps, load_model
+from megatron_spin.io import atomic_writer
+from megatron_spin.parallel.pipeline import run_schedule
 from megatron_spin.parallel.setup import ParallelDims
-from megatron_spin.run_dir import atomic_writer
-from megatron_spin.spin.schedule import run_schedule
-from megatron_spin.spin.step import probe_forward_step
+from megatron_spin.training.forward_step import probe_forward_step
 
 PROBE_FILE = "probe.safetensors"
 
@@ -96,7 +96,7 @@ def megatron_probe(model: Sequence[torch.nn.Module], sequences: Sequence[tuple[T
     """Runs ``sequences`` through the Megatron model, one microbatch, and gives the probe on every rank; a collective.
 
     Args:
-        model: this rank's chunks, its padded vocabulary masked (:func:`megatron_spin.spin.logps.mask_padding`).
+        model: this rank's chunks, its padded vocabulary masked (:func:`megatron_spin.models.vocabulary.mask_padding`).
         sequences: (prompt ids, response ids) each; at least one prompt token.
     """
     examples = [Example(prompt, (response,)) for prompt, response in sequences]

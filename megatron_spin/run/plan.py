@@ -14,8 +14,9 @@ from pathlib import Path
 
 from megatron_spin.config import Config, has_evaluation
 from megatron_spin.errors import ConfigError, DeviceError, RunDirError
-from megatron_spin.guarding import ENDS, describe, result, rolled_back, settled
-from megatron_spin.run_dir import RunDir, read_json, write_json
+from megatron_spin.io import read_json, write_json
+from megatron_spin.phases.guard import ENDS, describe, result, rolled_back, settled
+from megatron_spin.run.directory import RunDir
 
 TRAINING = {
     "spin": "self-play against the opponent",

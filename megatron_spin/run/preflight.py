@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_spin.config import Config, Engine, at_iteration, changes_forbidden
 from megatron_spin.errors import CheckpointError, ConfigError, DataError, RunDirError
-from megatron_spin.guarding import played
-from megatron_spin.plan import Plan, Step, gpu_count, processes
-from megatron_spin.run_dir import read_json
+from megatron_spin.io import read_json
+from megatron_spin.phases.guard import played
+from megatron_spin.run.plan import Plan, Step, gpu_count, processes
 
 CHECKPOINT_BYTES = 18
 """Bytes a parameter that one trained model takes: fp32 weights, two fp32 moments, fp32 or bf16 model weights, and the export."""

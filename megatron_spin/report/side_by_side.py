@@ -11,7 +11,7 @@ from typing import Any, Literal
 from megatron_spin.config import load_config
 from megatron_spin.errors import RunDirError
 from megatron_spin.report.results import players
-from megatron_spin.run_dir import RunDir
+from megatron_spin.run.directory import RunDir
 
 Decoding = Literal["sampled", "greedy"]
 WIDTH = 110

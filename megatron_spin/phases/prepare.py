@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from megatron_spin.config import Config, DataConfig, Truncated, at_iteration
 from megatron_spin.data.pairs import BuiltPairs, build_pairs
-from megatron_spin.data.prepared import REJECTED, Row, hash_rows, save_rows
 from megatron_spin.data.reading import Rejected, Sample, read_samples
+from megatron_spin.data.rows import REJECTED, Row, hash_rows, save_rows
 from megatron_spin.data.templates import answer_ids, end_token_id, ends_inside, load_tokenizer, prompt_ids, tokenizer_sha
 from megatron_spin.errors import CheckpointError, ConfigError, DataError
-from megatron_spin.run_dir import write_json
+from megatron_spin.io import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

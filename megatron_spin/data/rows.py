@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_spin.errors import RunDirError
-from megatron_spin.run_dir import atomic_writer
+from megatron_spin.io import atomic_writer
 
 REJECTED = "eval_rejected.parquet"
 """Beside ``eval.parquet``: the same prompts with the rejected answers."""

@@ -8,67 +8,14 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
-import hashlib
-import json
-import os
-import resource
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_spin import machine
 from megatron_spin.config import Config, changes_forbidden, to_yaml
 from megatron_spin.errors import RunDirError
-
-
-@contextlib.contextmanager
-def atomic_writer(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside ``path`` that replaces it when the block ends without an exception; else nothing changes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, whole or not at all."""
-    with atomic_writer(path) as file:
-        json.dump(value, file, indent=1, sort_keys=False, ensure_ascii=False)
-        file.write("\n")
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file of the run directory.
-
-    Raises:
-        RunDirError: it is missing or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RunDirError(f"{path} is missing: an earlier phase has not run; run tools/spin.sh, which runs all of them in order") from None
-    except json.JSONDecodeError as error:
-        raise RunDirError(f"{path} is not JSON ({error}): delete it and run the phase again") from None
-
-
-def peak_memory() -> float:
-    """Largest resident memory so far of this process or of one that it has waited for (vLLM's), in GiB; a GPU's own is not in it."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 2**30
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+from megatron_spin.io import atomic_writer, read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +138,7 @@ class RunDir:
         one: with several ranks, of rank 0.
         """
         finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        measured = {"finished": finished, "seconds": round(seconds, 3), "peak_memory_gib": round(peak_memory(), 3)}
+        measured = {"finished": finished, "seconds": round(seconds, 3), "peak_memory_gib": round(machine.peak_memory(), 3)}
         with self.changing_state() as state:
             state["phases"][phase] = {**measured, **details}
             machines: list[str] = state.setdefault("machines", [])

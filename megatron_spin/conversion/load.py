@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
+from megatron_spin.conversion.parameters import Mapped, mapped_parameters
 from megatron_spin.errors import CheckpointError
-from megatron_spin.hf.collective import gather_objects, raised_everywhere
-from megatron_spin.hf.families import family_of
 from megatron_spin.hf.files import DTYPES, TensorFiles, read_config
 from megatron_spin.hf.identity import is_buffer, is_tied_copy
-from megatron_spin.hf.mapping import Geometry
-from megatron_spin.hf.parameters import Mapped, mapped_parameters
+from megatron_spin.models.families import family_of
+from megatron_spin.models.rules import Geometry
+from megatron_spin.parallel.collectives import gather_objects, raised_everywhere
 from megatron_spin.parallel.setup import ParallelDims
 
 

@@ -11,26 +11,27 @@ import numpy as np
 import torch
 
 from megatron_spin.config import Config, at_iteration
+from megatron_spin.conversion.export import stream_hf
+from megatron_spin.conversion.load import load_hf
+from megatron_spin.conversion.parity import PROBE_FILE, megatron_probe
 from megatron_spin.data.batches import BatchSampler, Example, sequence_length
 from megatron_spin.data.pairs import load_pairs
-from megatron_spin.data.prepared import load_rows
+from megatron_spin.data.rows import load_rows
 from megatron_spin.errors import GateError, RunDirError
-from megatron_spin.guarding import played
 from megatron_spin.hf.assets import copy_assets
-from megatron_spin.hf.collective import raised_everywhere
-from megatron_spin.hf.export import stream_hf
 from megatron_spin.hf.files import read_config
 from megatron_spin.hf.identity import IdentityHasher, identity
-from megatron_spin.hf.load import load_hf
+from megatron_spin.io import read_json
 from megatron_spin.models.provider import build_model
+from megatron_spin.parallel.collectives import raised_everywhere
 from megatron_spin.parallel.setup import ParallelDims, announce, initialize, layer_spec
-from megatron_spin.run_dir import RunDir, Target, read_json
-from megatron_spin.spin.parity import PROBE_FILE, megatron_probe
-from megatron_spin.spin.scores import BatchShape, ScoreCache, check_scores, score
-from megatron_spin.spin.step import sft_forward_step, spin_forward_step
+from megatron_spin.phases.guard import played
+from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.training.checkpoint import carry_over_main_weights, latest_step, load_checkpoint
+from megatron_spin.training.forward_step import sft_forward_step, spin_forward_step
 from megatron_spin.training.metrics import MetricsWriter
 from megatron_spin.training.optimizer import wrap_and_optimize
+from megatron_spin.training.scoring import BatchShape, ScoreCache, check_scores, score
 from megatron_spin.training.trainer import Schedule, Trainer
 
 PROBE_EXAMPLES = 4

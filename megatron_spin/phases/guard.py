@@ -15,8 +15,9 @@ from typing import Any
 
 from megatron_spin.config import Config, at_iteration, has_evaluation
 from megatron_spin.errors import GuardError, RunDirError
-from megatron_spin.guards import Measures, Verdict, judge, outcome
-from megatron_spin.run_dir import RunDir, read_json
+from megatron_spin.evaluation.guards import Measures, Verdict, judge, outcome
+from megatron_spin.io import read_json
+from megatron_spin.run.directory import RunDir
 
 ENDS = ("rotate", "finish")
 """Phases that complete an iteration: of self-play, and of DPO."""

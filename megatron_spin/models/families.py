@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_spin.errors import CheckpointError
-from megatron_spin.hf.mapping import Direct, GateUp, Geometry, QueryKeyValue, RowParallel, Rule, VocabParallel
+from megatron_spin.models.rules import Direct, GateUp, Geometry, QueryKeyValue, RowParallel, Rule, VocabParallel
 
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
@@ -37,7 +37,7 @@ class Family:
         if pattern not in self.rules:
             raise CheckpointError(
                 f"Megatron parameter {parameter} has no Hugging Face counterpart in family {self.name}, so converting would lose it: "
-                "add a rule in megatron_spin/hf/families.py, or change the model.transformer setting that creates it"
+                "add a rule in megatron_spin/models/families.py, or change the model.transformer setting that creates it"
             )
         position = list(self.rules).index(pattern)
         # A tied model has an output matrix only where the pipeline puts it on another rank than the embedding, as a copy.

@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import yaml
 
+from megatron_spin.config.parsing import Loader, apply_override, flatten, parse
 from megatron_spin.errors import ConfigError
-from megatron_spin.guards import GuardsConfig
-from megatron_spin.parsing import Loader, apply_override, flatten, parse
+from megatron_spin.evaluation.guards import GuardsConfig
 
 T = TypeVar("T")
 Engine: TypeAlias = Literal["vllm", "hf"]

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from megatron_spin.config import Config, at_iteration
-from megatron_spin.data.prepared import REJECTED, Row, load_rows
+from megatron_spin.data.rows import REJECTED, Row, load_rows
 from megatron_spin.errors import CheckpointError, DataError, GateError
 from megatron_spin.evaluation.answers import Player, held_out_answers
 from megatron_spin.evaluation.metrics import Answer, margins, mean, nll_per_token, sample_metrics
 from megatron_spin.generation.engine import Completion
 from megatron_spin.hf.logps import hf_token_logps, load_model
-from megatron_spin.run_dir import RunDir, atomic_writer, read_json, write_json
+from megatron_spin.io import atomic_writer, read_json, write_json
+from megatron_spin.run.directory import RunDir
 
 SHOWN = 20
 """Prompts whose answers ``samples.jsonl`` shows."""

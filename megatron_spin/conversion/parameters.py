@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron_spin.hf.families import Family
-from megatron_spin.hf.mapping import Geometry, Rule, Shape
+from megatron_spin.models.families import Family
+from megatron_spin.models.rules import Geometry, Rule, Shape
 
 _LAYER = re.compile(r"^(.*\.layers)\.(\d+)\.(.*)$")
 

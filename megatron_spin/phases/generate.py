@@ -9,12 +9,13 @@ from tqdm import tqdm
 
 from megatron_spin.config import Config, Truncated, at_iteration
 from megatron_spin.data.pairs import Pair, build_pairs, previous_pairs, save_pairs
-from megatron_spin.data.prepared import Row, hash_rows, load_rows
+from megatron_spin.data.rows import Row, hash_rows, load_rows
 from megatron_spin.errors import ConfigError, RunDirError
 from megatron_spin.generation.engine import EngineSettings, answer_caps, open_session
 from megatron_spin.generation.shards import Origin, Shard, ShardStore, plan_shards
 from megatron_spin.hf.identity import identity
-from megatron_spin.run_dir import RunDir, read_json
+from megatron_spin.io import read_json
+from megatron_spin.run.directory import RunDir
 
 
 @dataclasses.dataclass(frozen=True)

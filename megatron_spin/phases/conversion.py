@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spin.config import Config
+from megatron_spin.conversion.export import export_hf, stream_hf
+from megatron_spin.conversion.load import load_hf
+from megatron_spin.conversion.parity import BOUNDS, PROBE_FILE, Probe, check_parity, megatron_probe, random_sequences
 from megatron_spin.errors import CheckpointError, GateError
 from megatron_spin.hf.assets import copy_assets, set_dtype
-from megatron_spin.hf.collective import raised_everywhere
-from megatron_spin.hf.export import export_hf, stream_hf
 from megatron_spin.hf.files import read_config
 from megatron_spin.hf.identity import IdentityHasher, identity
-from megatron_spin.hf.load import load_hf
 from megatron_spin.models.provider import build_model
+from megatron_spin.parallel.collectives import raised_everywhere
 from megatron_spin.parallel.setup import ParallelDims
-from megatron_spin.spin.parity import BOUNDS, PROBE_FILE, Probe, check_parity, megatron_probe, random_sequences
 from megatron_spin.training.checkpoint import latest_step, load_checkpoint, save_checkpoint
 
 ASSETS = "hf"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_spin.config import Config, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, load_config
 from megatron_spin.errors import ConfigError
-from megatron_spin.run_dir import RunDir
+from megatron_spin.run.directory import RunDir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

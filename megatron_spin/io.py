@@ -1,0 +1,54 @@
+"""Files that are there whole or not at all, JSON and hashes. No torch."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_spin.errors import RunDirError
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a temporary file beside ``path`` that replaces it when the block ends without an exception; else nothing changes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as indented JSON, whole or not at all."""
+    with atomic_writer(path) as file:
+        json.dump(value, file, indent=1, sort_keys=False, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of the run directory.
+
+    Raises:
+        RunDirError: it is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunDirError(f"{path} is missing: an earlier phase has not run; run tools/spin.sh, which runs all of them in order") from None
+    except json.JSONDecodeError as error:
+        raise RunDirError(f"{path} is not JSON ({error}): delete it and run the phase again") from None
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
