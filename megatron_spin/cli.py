@@ -28,7 +28,9 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     parser = Parser(description=description)
     parser.add_argument("config", metavar="CONFIG", help="YAML file; megatron_spin/config/ lists the keys")
     parser.add_argument("--run-dir", type=Path, help="run directory (default: runs/NAME, NAME from the config)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dots, for example spin.beta=0.2")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides with dots, for example spin.beta=0.2"
+    )
     return parser
 
 
@@ -36,7 +38,9 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     """Adds ``--iteration T | --baseline NAME``, of which exactly one must be given."""
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--iteration", type=int, metavar="T", help="self-play iteration, from 0")
-    target.add_argument("--baseline", metavar="NAME", help="a name under `baselines` in the config, or sft for the model as it came")
+    target.add_argument(
+        "--baseline", metavar="NAME", help="a name under `baselines` in the config, or sft for the model as it came"
+    )
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -63,7 +67,10 @@ def run(main: Callable[[], None]) -> None:
         _fail("interrupted; run the same command again to continue", 130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail(f"no space left on the disk while writing {error.filename or 'a file'}: free some space and run the same command again", 2)
+            _fail(
+                f"no space left on the disk while writing {error.filename or 'a file'}: free some space and run the same command again",
+                2,
+            )
         _defect(error)
     except Exception as error:
         _defect(error)

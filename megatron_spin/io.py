@@ -43,7 +43,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise RunDirError(f"{path} is missing: an earlier phase has not run; run tools/spin.sh, which runs all of them in order") from None
+        raise RunDirError(
+            f"{path} is missing: an earlier phase has not run; run tools/spin.sh, which runs all of them in order"
+        ) from None
     except json.JSONDecodeError as error:
         raise RunDirError(f"{path} is not JSON ({error}): delete it and run the phase again") from None
 

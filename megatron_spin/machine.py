@@ -45,7 +45,11 @@ def version_of(package: str) -> str | None:
 def peak_memory() -> float:
     """Largest resident memory so far of this process or of one that it has waited for (vLLM's), in GiB; a GPU's own is not in it."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 2**30
+    return (
+        max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        * unit
+        / 2**30
+    )
 
 
 def _cpu_model() -> str:
@@ -63,7 +67,13 @@ def _cpu_model() -> str:
 
 def _gpu_name() -> str | None:
     try:
-        seen = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=30)
+        seen = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     names = seen.stdout.strip().splitlines()

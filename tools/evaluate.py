@@ -18,7 +18,9 @@ def main() -> None:
     target = run_dir.target(iteration=arguments.iteration, baseline=arguments.baseline)
     phase = f"evaluate:{target.label}"
     if target.baseline not in (None, "sft", *config.baselines):
-        raise ConfigError(f"--baseline {target.baseline} is not in the config: it has sft, {', '.join(config.baselines)}")
+        raise ConfigError(
+            f"--baseline {target.baseline} is not in the config: it has sft, {', '.join(config.baselines)}"
+        )
     if run_dir.is_done(phase):
         print(f"{phase} is already done")
         return
@@ -29,10 +31,18 @@ def main() -> None:
 
     started = time.monotonic()
     result = evaluate(config, run_dir, Player.of(config, target))
-    for key in ("nll_per_token", "exact_match_sampled", "exact_match_greedy", "truncated_fraction", "opponent_accuracy"):
+    for key in (
+        "nll_per_token",
+        "exact_match_sampled",
+        "exact_match_greedy",
+        "truncated_fraction",
+        "opponent_accuracy",
+    ):
         if result[key] is not None:
             print(f"  {key:<20} {result[key]:.4f}")
-    run_dir.mark_done(phase, seconds=time.monotonic() - started, model=result["model"], num_prompts=result["num_prompts"])
+    run_dir.mark_done(
+        phase, seconds=time.monotonic() - started, model=result["model"], num_prompts=result["num_prompts"]
+    )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,18 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description=__doc__)
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="checkpoint directory; its latest step counts (default: the target's checkpoints)"
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="checkpoint directory; its latest step counts (default: the target's checkpoints)",
     )
-    parser.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face directory to write (default: the target's hf)")
     parser.add_argument(
-        "--dtype", choices=["fp32", "bf16"], help="dtype of the files (default: the config's precision.export, else the checkpoint's own)"
+        "--hf", type=Path, metavar="DIR", help="Hugging Face directory to write (default: the target's hf)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16"],
+        help="dtype of the files (default: the config's precision.export, else the checkpoint's own)",
     )
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--iteration", type=int, metavar="T", help="with --config: self-play iteration, from 0")
@@ -41,14 +48,20 @@ def main() -> None:
         return
     if run is not None and target is not None:
         if not run[1].is_done(f"train:{target.label}"):
-            raise RunDirError(f"train:{target.label} has not finished: finish it first, or export without --config to look at a checkpoint")
+            raise RunDirError(
+                f"train:{target.label} has not finished: finish it first, or export without --config to look at a checkpoint"
+            )
         for given, own in ((arguments.checkpoint, target.checkpoints), (arguments.hf, target.hf)):
             if given is not None and given.resolve() != own.resolve():
-                raise ConfigError(f"{given} is not this run's {own}: leave --checkpoint and --hf out, or leave --config out")
+                raise ConfigError(
+                    f"{given} is not this run's {own}: leave --checkpoint and --hf out, or leave --config out"
+                )
     checkpoint = arguments.checkpoint or (target.checkpoints if target else None)
     out_dir = arguments.hf or (target.hf if target else None)
     if checkpoint is None or out_dir is None:
-        raise ConfigError("--checkpoint and --hf are both needed without --config: give the checkpoint's directory and the one to write")
+        raise ConfigError(
+            "--checkpoint and --hf are both needed without --config: give the checkpoint's directory and the one to write"
+        )
 
     from megatron_spin.hf.assets import stored_dtype
     from megatron_spin.hf.files import read_config
@@ -56,7 +69,9 @@ def main() -> None:
 
     assets = checkpoint / "hf"
     dtype = arguments.dtype or (run[0].precision.export_dtype if run else stored_dtype(read_config(assets)))
-    config = conversion.conversion_config(arguments, run[0] if run else None, hf_dir=assets, dtype=run[0].precision.dtype if run else dtype)
+    config = conversion.conversion_config(
+        arguments, run[0] if run else None, hf_dir=assets, dtype=run[0].precision.dtype if run else dtype
+    )
     device = choose_device(config.device)
     check_config(config, device, world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -67,7 +82,14 @@ def main() -> None:
     if dims.rank == 0:
         print(f"{phase}: {checkpoint} -> {out_dir}, {result}")
         if run is not None:
-            run[1].mark_done(phase, seconds=time.monotonic() - started, identity=result.identity, dtype=dtype, step=result.step, **result.parity)
+            run[1].mark_done(
+                phase,
+                seconds=time.monotonic() - started,
+                identity=result.identity,
+                dtype=dtype,
+                step=result.step,
+                **result.parity,
+            )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from megatron_spin import cli
 
 
 def main() -> None:
-    parser = cli.config_parser("Generate the opponent's answers of one iteration, and write the training pairs. Run it again to continue.")
+    parser = cli.config_parser(
+        "Generate the opponent's answers of one iteration, and write the training pairs. Run it again to continue."
+    )
     parser.add_argument("--iteration", type=int, metavar="T", required=True, help="self-play iteration, from 0")
     arguments = cli.parse(parser)
     config, root = cli.read_config(arguments)

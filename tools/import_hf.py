@@ -13,10 +13,16 @@ from megatron_spin.phases import conversion_arguments as conversion
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face model directory (default: the config's model.hf)")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="checkpoint directory to write (default: RUN_DIR/base)")
     parser.add_argument(
-        "--dtype", choices=["fp32", "bf16"], help="dtype of the weights (default: the config's precision.dtype, else the model's own)"
+        "--hf", type=Path, metavar="DIR", help="Hugging Face model directory (default: the config's model.hf)"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="checkpoint directory to write (default: RUN_DIR/base)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16"],
+        help="dtype of the weights (default: the config's precision.dtype, else the model's own)",
     )
     conversion.add_arguments(parser)
     return cli.parse(parser)
@@ -30,11 +36,15 @@ def main() -> None:
         print("import: already done")
         return
     if run is not None and arguments.checkpoint is not None and arguments.checkpoint.resolve() != run[1].base.resolve():
-        raise ConfigError(f"{arguments.checkpoint} is not this run's {run[1].base}: leave --checkpoint out, or leave --config out")
+        raise ConfigError(
+            f"{arguments.checkpoint} is not this run's {run[1].base}: leave --checkpoint out, or leave --config out"
+        )
     source = arguments.hf or (Path(run[0].model.hf) if run else None)
     checkpoint = arguments.checkpoint or (run[1].base if run else None)
     if source is None or checkpoint is None:
-        raise ConfigError("--hf and --checkpoint are both needed without --config: give the model's directory and the one to write")
+        raise ConfigError(
+            "--hf and --checkpoint are both needed without --config: give the model's directory and the one to write"
+        )
 
     from megatron_spin.hf.assets import stored_dtype
     from megatron_spin.hf.files import read_config
@@ -52,7 +62,9 @@ def main() -> None:
     if dims.rank == 0:
         print(f"import: {source} -> {checkpoint}, {result}")
         if run is not None:
-            run[1].mark_done("import", seconds=time.monotonic() - started, identity=result.identity, dtype=dtype, **result.parity)
+            run[1].mark_done(
+                "import", seconds=time.monotonic() - started, identity=result.identity, dtype=dtype, **result.parity
+            )
 
 
 if __name__ == "__main__":

@@ -11,11 +11,17 @@ from megatron_spin.run.preflight import check
 def main() -> None:
     parser = cli.config_parser(__doc__ or "")
     parser.add_argument("--until", metavar="PHASE:T", help="leave out what comes after this phase, for example train:0")
-    parser.add_argument("--check", action="store_true", help="first check everything that can be checked before anything is started")
-    parser.add_argument("--finish", metavar="PHASE:T", help="print nothing; write the DONE marker of rotate:T or finish:NAME")
+    parser.add_argument(
+        "--check", action="store_true", help="first check everything that can be checked before anything is started"
+    )
+    parser.add_argument(
+        "--finish", metavar="PHASE:T", help="print nothing; write the DONE marker of rotate:T or finish:NAME"
+    )
     arguments = cli.parse(parser)
     config, root = cli.read_config(arguments)
-    plan = Plan(config, RunDir(root), arguments=[arguments.config, *arguments.overrides], tools=Path(__file__).resolve().parent)
+    plan = Plan(
+        config, RunDir(root), arguments=[arguments.config, *arguments.overrides], tools=Path(__file__).resolve().parent
+    )
     if arguments.finish:
         finish(plan, arguments.finish)
         return

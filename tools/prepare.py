@@ -7,7 +7,9 @@ from megatron_spin import cli
 
 
 def main() -> None:
-    parser = cli.config_parser("Read, check and tokenize the data into RUN_DIR/data, with a held-out part if the config asks for one.")
+    parser = cli.config_parser(
+        "Read, check and tokenize the data into RUN_DIR/data, with a held-out part if the config asks for one."
+    )
     config, root = cli.read_config(cli.parse(parser))
 
     from megatron_spin.phases.prepare import describe, prepare
@@ -31,7 +33,9 @@ def main() -> None:
         opponent = identity(Path(config.model.hf), config.precision.export_dtype)
         save_pairs(run_dir.target(iteration=0).pairs, prepared.pairs, opponent=opponent, data=manifest["identity"])
     print(describe(manifest, config))
-    run_dir.mark_done("prepare", seconds=time.monotonic() - started, identity=manifest["identity"], prompts=manifest["counts"]["kept"])
+    run_dir.mark_done(
+        "prepare", seconds=time.monotonic() - started, identity=manifest["identity"], prompts=manifest["counts"]["kept"]
+    )
 
 
 if __name__ == "__main__":

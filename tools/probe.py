@@ -17,9 +17,19 @@ from megatron_spin.errors import ConfigError
 
 def main() -> None:
     parser = cli.config_parser(__doc__ or "")
-    parser.add_argument("--prompts", type=int, default=300, metavar="N", help="prompts to generate on and train on (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=10, metavar="N", help="optimizer steps before the held-out pairs are judged (default: %(default)s)"
+        "--prompts",
+        type=int,
+        default=300,
+        metavar="N",
+        help="prompts to generate on and train on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=10,
+        metavar="N",
+        help="optimizer steps before the held-out pairs are judged (default: %(default)s)",
     )
     parser.set_defaults(run_dir=None)
     arguments = cli.parse(parser)
@@ -31,7 +41,15 @@ def main() -> None:
         raise ConfigError(f"training.objective={config.training.objective}: a probe is for self-play; set it to spin")
     root = arguments.run_dir or Path("runs") / f"{config.name}-probe"
     overrides = [*arguments.overrides, *_settings(config, prompts=arguments.prompts, steps=arguments.steps)]
-    driver = [str(Path(__file__).with_name("spin.sh")), arguments.config, "--run-dir", str(root), "--until", "evaluate:0", *overrides]
+    driver = [
+        str(Path(__file__).with_name("spin.sh")),
+        arguments.config,
+        "--run-dir",
+        str(root),
+        "--until",
+        "evaluate:0",
+        *overrides,
+    ]
     status = subprocess.run(driver, env={**os.environ, "PYTHON": sys.executable}, check=False).returncode
     if status:
         sys.exit(status)  # the driver has said why

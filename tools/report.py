@@ -14,9 +14,19 @@ if TYPE_CHECKING:
 
 def main() -> None:
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory of tools/spin.sh, for example runs/quickstart/spin")
-    parser.add_argument("--samples", type=int, default=5, metavar="N", help="prompts in samples.md; 0 leaves it out (default: 5, at most 20)")
-    parser.add_argument("--greedy", action="store_true", help="samples.md shows greedy answers, not those sampled at temperature 1")
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="run directory of tools/spin.sh, for example runs/quickstart/spin"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=5,
+        metavar="N",
+        help="prompts in samples.md; 0 leaves it out (default: 5, at most 20)",
+    )
+    parser.add_argument(
+        "--greedy", action="store_true", help="samples.md shows greedy answers, not those sampled at temperature 1"
+    )
     arguments = cli.parse(parser)
     if arguments.samples < 0:
         raise ConfigError(f"--samples {arguments.samples} must be at least 0: it is a number of prompts")

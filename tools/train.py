@@ -27,7 +27,10 @@ def main() -> None:
     device = choose_device(config.device)
     check_config(config, device, world_size=world_size)
 
-    from megatron_spin.phases.train import read_inputs, train  # after choose_device, which installs the CPU adapter before Megatron
+    from megatron_spin.phases.train import (
+        read_inputs,
+        train,
+    )  # after choose_device, which installs the CPU adapter before Megatron
     from megatron_spin.training.optimizer import optimizer_config
 
     optimizer_config(config, learning_rate=1.0)

@@ -8,9 +8,22 @@ from megatron_spin import cli
 
 def main() -> None:
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory, on the machine that made it, after tools/report.py")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="file with the markers (default: README.md)")
-    parser.add_argument("--picture", type=Path, default=Path("docs/quickstart.png"), metavar="FILE", help="where report.png is copied")
+    parser.add_argument(
+        "run_dir",
+        type=Path,
+        metavar="RUN_DIR",
+        help="run directory, on the machine that made it, after tools/report.py",
+    )
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        default=Path("README.md"),
+        metavar="FILE",
+        help="file with the markers (default: README.md)",
+    )
+    parser.add_argument(
+        "--picture", type=Path, default=Path("docs/quickstart.png"), metavar="FILE", help="where report.png is copied"
+    )
     arguments = cli.parse(parser)
 
     from megatron_spin.errors import RunDirError

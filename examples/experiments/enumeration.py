@@ -25,7 +25,15 @@ def all_pairs(policy: Tensor, opponent: Tensor) -> PairLogps:
     return PairLogps(real(policy), generated(policy), real(opponent), generated(opponent))
 
 
-def spin_objective(policy: Tensor, *, opponent: Tensor, data: Tensor, beta: float, loss: str = "logistic", generated: Tensor | None = None) -> Tensor:
+def spin_objective(
+    policy: Tensor,
+    *,
+    opponent: Tensor,
+    data: Tensor,
+    beta: float,
+    loss: str = "logistic",
+    generated: Tensor | None = None,
+) -> Tensor:
     """Equation 4.7 without sampling: the mean of the loss over real ~ data and generated ~ opponent; a scalar.
 
     Args:
@@ -38,7 +46,9 @@ def spin_objective(policy: Tensor, *, opponent: Tensor, data: Tensor, beta: floa
 def pairs_objective(policy: Tensor, pairs: Tensor, *, opponent: Tensor, beta: float, loss: str = "logistic") -> Tensor:
     """Equation 4.7 as it is trained: the mean over given pairs; ``pairs`` [n, 3] are indices (prompt, real answer, generated answer)."""
     prompt, real, generated = pairs.T
-    logps = PairLogps(policy[prompt, real], policy[prompt, generated], opponent[prompt, real], opponent[prompt, generated])
+    logps = PairLogps(
+        policy[prompt, real], policy[prompt, generated], opponent[prompt, real], opponent[prompt, generated]
+    )
     return spin_loss(logps, beta=beta, loss=loss).mean()
 
 
@@ -97,10 +107,17 @@ def minimise(objective: Callable[[], Tensor], parameters: Iterable[Tensor], *, i
     optimizer.step(closure)
 
 
-def best_response(opponent: Tensor, data: Tensor, beta: float, loss: str = "logistic", generated: Tensor | None = None) -> Tensor:
+def best_response(
+    opponent: Tensor, data: Tensor, beta: float, loss: str = "logistic", generated: Tensor | None = None
+) -> Tensor:
     """The next policy of a whole, exact iteration: the minimiser of the objective over all policies, found from the opponent on."""
     logits = opponent.clone().requires_grad_()
-    minimise(lambda: spin_objective(logits.log_softmax(-1), opponent=opponent, data=data, beta=beta, loss=loss, generated=generated), [logits])
+    minimise(
+        lambda: spin_objective(
+            logits.log_softmax(-1), opponent=opponent, data=data, beta=beta, loss=loss, generated=generated
+        ),
+        [logits],
+    )
     return logits.detach().log_softmax(-1)
 
 
@@ -115,7 +132,9 @@ def _descend(objective: Callable[[Tensor], Tensor], start: Tensor, *, rate: floa
 
 def gradient_path(opponent: Tensor, data: Tensor, beta: float, *, rate: float, steps: int) -> list[Tensor]:
     """The policies of one iteration by exact gradient descent on the logits, the opponent first: ``steps + 1`` of them."""
-    return _descend(lambda policy: spin_objective(policy, opponent=opponent, data=data, beta=beta), opponent, rate=rate, steps=steps)
+    return _descend(
+        lambda policy: spin_objective(policy, opponent=opponent, data=data, beta=beta), opponent, rate=rate, steps=steps
+    )
 
 
 def sft_path(start: Tensor, data: Tensor, *, rate: float, steps: int) -> list[Tensor]:
@@ -131,7 +150,14 @@ class EnumeratedLlama:
     """
 
     def __init__(
-        self, *, prompts: Sequence[Sequence[int]], vocabulary: int, longest: int, hidden: int = 16, scale: float = 0.3, seed: int = 0
+        self,
+        *,
+        prompts: Sequence[Sequence[int]],
+        vocabulary: int,
+        longest: int,
+        hidden: int = 16,
+        scale: float = 0.3,
+        seed: int = 0,
     ) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -142,7 +168,9 @@ class EnumeratedLlama:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = LlamaForCausalLM(config).double()
-        for module in list(self.model.modules()):  # transformers' RMSNorm computes in fp32, whatever the model's dtype is
+        for module in list(
+            self.model.modules()
+        ):  # transformers' RMSNorm computes in fp32, whatever the model's dtype is
             for name, child in list(module.named_children()):
                 if type(child).__name__ == "LlamaRMSNorm":
                     setattr(module, name, torch.nn.RMSNorm(hidden, eps=config.rms_norm_eps, dtype=torch.float64))
@@ -154,8 +182,12 @@ class EnumeratedLlama:
         ]
         width = max(map(len, prompts)) + longest
         rows = [(prompt, answer) for prompt in prompts for answer in self.answers]
-        self.input_ids = torch.tensor([[*prompt, *answer, *[0] * (width - len(prompt) - len(answer))] for prompt, answer in rows])
-        self.response = torch.tensor([[len(prompt) <= i < len(prompt) + len(answer) for i in range(width)] for prompt, answer in rows])
+        self.input_ids = torch.tensor(
+            [[*prompt, *answer, *[0] * (width - len(prompt) - len(answer))] for prompt, answer in rows]
+        )
+        self.response = torch.tensor(
+            [[len(prompt) <= i < len(prompt) + len(answer) for i in range(width)] for prompt, answer in rows]
+        )
         self.prompts = len(prompts)
 
     def parameters(self) -> list[Tensor]:
@@ -171,4 +203,6 @@ class EnumeratedLlama:
 
 def flat_gradient(value: Tensor, parameters: Iterable[Tensor], *, retain_graph: bool = False) -> Tensor:
     """The gradient of a scalar, all parameters in one vector."""
-    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(value, list(parameters), retain_graph=retain_graph)])
+    return torch.cat(
+        [gradient.flatten() for gradient in torch.autograd.grad(value, list(parameters), retain_graph=retain_graph)]
+    )

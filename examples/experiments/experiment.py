@@ -60,10 +60,14 @@ def read_experiment(path: Path) -> Experiment:
     try:
         raw = yaml.load(path.read_text(), Loader=Loader)
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"experiment {path} cannot be read ({error}): give one of the YAML files in examples/experiments/") from None
+        raise ConfigError(
+            f"experiment {path} cannot be read ({error}): give one of the YAML files in examples/experiments/"
+        ) from None
     known = {"title", "seeds", "common", "arms", "best", "columns", "claims"}
     if not isinstance(raw, dict) or not {"title", "seeds", "arms"} <= set(raw) <= known:
-        raise ConfigError(f"experiment {path}: it needs title, seeds and arms, and may have common, best, columns and claims")
+        raise ConfigError(
+            f"experiment {path}: it needs title, seeds and arms, and may have common, best, columns and claims"
+        )
     arms = {}
     for name, settings in raw["arms"].items():
         merged = {**raw.get("common", {}), **settings}
@@ -73,4 +77,6 @@ def read_experiment(path: Path) -> Experiment:
         if arm.after is not None and (arm.after not in arms or list(arms).index(arm.after) >= list(arms).index(name)):
             raise ConfigError(f"experiment {path}: arm {name} comes after {arm.after}, which is no arm above it")
     claims = [(left, right) for left, right in raw.get("claims", [])]
-    return Experiment(path.stem, raw["title"], list(raw["seeds"]), arms, raw.get("best", {}), raw.get("columns", {}), claims)
+    return Experiment(
+        path.stem, raw["title"], list(raw["seeds"]), arms, raw.get("best", {}), raw.get("columns", {}), claims
+    )

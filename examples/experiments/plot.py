@@ -52,7 +52,9 @@ def draw(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> bytes:
 def _panel(place: Any, arms: dict[str, list[tuple[float, float]]]) -> None:
     for color, (arm, points) in zip(COLORS, arms.items(), strict=False):
         means, spreads = [mean for mean, _ in points], [spread for _, spread in points]
-        place.errorbar(range(len(points)), means, yerr=spreads, color=color, marker="o", markersize=4, capsize=3, label=arm)
+        place.errorbar(
+            range(len(points)), means, yerr=spreads, color=color, marker="o", markersize=4, capsize=3, label=arm
+        )
     longest = max(map(len, arms.values()))
     place.set_xticks(range(longest), ["SFT", *(f"SPIN {t}" for t in range(longest - 1))])
 
@@ -60,13 +62,21 @@ def _panel(place: Any, arms: dict[str, list[tuple[float, float]]]) -> None:
 def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
-    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="--out of run.py (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/experiments"),
+        metavar="DIR",
+        help="--out of run.py (default: %(default)s)",
+    )
     parser.add_argument("--picture", type=Path, required=True, metavar="FILE.png")
     arguments = parser.parse_args()
     experiment = read_experiment(arguments.experiment)
     rows = measured(experiment, arguments.out)
     if not rows:
-        raise RunDirError(f"{arguments.out} has no finished evaluation of {experiment.name}: run examples/experiments/run.py first")
+        raise RunDirError(
+            f"{arguments.out} has no finished evaluation of {experiment.name}: run examples/experiments/run.py first"
+        )
     picture = draw(experiment, rows)
     with atomic_writer(arguments.picture, "wb") as file:
         file.write(picture)

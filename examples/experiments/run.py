@@ -40,9 +40,23 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         data, model = start / "data", start / "model"
         if not (data / "preferences.jsonl").exists():
-            self._run(log, [sys.executable, str(QUICKSTART / "make_problems.py"), "--out", str(data), "--seed", str(seed)])
+            self._run(
+                log, [sys.executable, str(QUICKSTART / "make_problems.py"), "--out", str(data), "--seed", str(seed)]
+            )
         pool = str(data / "sft_pool.jsonl")
-        self._run(log, [sys.executable, str(QUICKSTART / "make_model.py"), "--data", pool, "--out", str(model), "--seed", str(seed)])
+        self._run(
+            log,
+            [
+                sys.executable,
+                str(QUICKSTART / "make_model.py"),
+                "--data",
+                pool,
+                "--out",
+                str(model),
+                "--seed",
+                str(seed),
+            ],
+        )
         settings = [f"model.hf={model}", f"data.path={pool}", "parallel.nproc_per_node=1"]
         self._spin(log, "sft.yaml", start / "sft", [*settings, "--until", "export:0"])
         return start
@@ -72,16 +86,25 @@ class Runner:
         return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
 
     def _spin(self, log: Path, config: str, run_dir: Path, arguments: Sequence[str]) -> None:
-        self._run(log, [str(REPOSITORY / "tools" / "spin.sh"), str(QUICKSTART / config), "--run-dir", str(run_dir), *arguments])
+        self._run(
+            log,
+            [str(REPOSITORY / "tools" / "spin.sh"), str(QUICKSTART / config), "--run-dir", str(run_dir), *arguments],
+        )
 
     def _run(self, log: Path, command: Sequence[str]) -> None:
         environment = {**os.environ, **ONE_THREAD, "PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
         begin = log.stat().st_size if log.exists() else 0
         with open(log, "a") as file:
-            status = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False).returncode
+            status = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False
+            ).returncode
         if status:
-            lines = [line for line in log.read_bytes()[begin:].decode().splitlines() if line.startswith("error: ")] or ["no message"]
-            raise SpinError(f"{command[0]} ended with {status} ({lines[-1].removeprefix('error: ')}): see {log}; then run the same command again")
+            lines = [line for line in log.read_bytes()[begin:].decode().splitlines() if line.startswith("error: ")] or [
+                "no message"
+            ]
+            raise SpinError(
+                f"{command[0]} ended with {status} ({lines[-1].removeprefix('error: ')}): see {log}; then run the same command again"
+            )
 
 
 def run(experiments: Sequence[Experiment], runner: Runner, *, seeds: Sequence[int] | None, jobs: int) -> None:
@@ -89,7 +112,12 @@ def run(experiments: Sequence[Experiment], runner: Runner, *, seeds: Sequence[in
     failed = threading.Event()
     wanted = sorted({seed for experiment in experiments for seed in experiment.seeds if seeds is None or seed in seeds})
     with (
-        tqdm(total=sum(len(experiment.arms) for experiment in experiments for seed in wanted if seed in experiment.seeds), unit="run") as bar,
+        tqdm(
+            total=sum(
+                len(experiment.arms) for experiment in experiments for seed in wanted if seed in experiment.seeds
+            ),
+            unit="run",
+        ) as bar,
         concurrent.futures.ThreadPoolExecutor(jobs) as pool,
     ):
 
@@ -115,16 +143,37 @@ def run(experiments: Sequence[Experiment], runner: Runner, *, seeds: Sequence[in
 
 def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="+", type=Path, metavar="EXPERIMENT.yaml", help="files in examples/experiments/")
-    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="where everything goes (default: %(default)s)")
+    parser.add_argument(
+        "experiments", nargs="+", type=Path, metavar="EXPERIMENT.yaml", help="files in examples/experiments/"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/experiments"),
+        metavar="DIR",
+        help="where everything goes (default: %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="only these of each experiment's seeds")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at a time (default: one a core, here %(default)s)")
-    parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm", help="what generates (default: %(default)s)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="runs at a time (default: one a core, here %(default)s)",
+    )
+    parser.add_argument(
+        "--engine", choices=("vllm", "hf"), default="vllm", help="what generates (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs {arguments.jobs} must be greater than 0: it is how many runs go on at a time")
     experiments = [read_experiment(path) for path in arguments.experiments]
-    run(experiments, Runner(arguments.out.resolve(), engine=arguments.engine), seeds=arguments.seeds, jobs=arguments.jobs)
+    run(
+        experiments,
+        Runner(arguments.out.resolve(), engine=arguments.engine),
+        seeds=arguments.seeds,
+        jobs=arguments.jobs,
+    )
 
 
 if __name__ == "__main__":

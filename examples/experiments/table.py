@@ -64,14 +64,21 @@ def measured(experiment: Experiment, root: Path) -> dict[str, dict[int, Values]]
         if missing:
             continue
         seeds = set.intersection(*(set(rows[other]) for other in others))
-        rows[name] = {seed: max((rows[other][seed] for other in others), key=lambda values: values["exact_match_sampled"]) for seed in sorted(seeds)}
+        rows[name] = {
+            seed: max((rows[other][seed] for other in others), key=lambda values: values["exact_match_sampled"])
+            for seed in sorted(seeds)
+        }
     return rows
 
 
 def _evaluations(run_dir: RunDir) -> dict[str, Values]:
     if not run_dir.config.exists():
         return {}
-    return {target.label: read_json(target.eval) for _, target in players(load_config(run_dir.config), run_dir) if target.eval.exists()}
+    return {
+        target.label: read_json(target.eval)
+        for _, target in players(load_config(run_dir.config), run_dir)
+        if target.eval.exists()
+    }
 
 
 def table(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table:
@@ -83,7 +90,10 @@ def table(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table:
             continue  # it began with another arm's policy
         shown.setdefault("SFT" if label == "sft" else _words(experiment, name), {}).update(by_seed)
     columns = COLUMNS | {title: (_share(key), _percent) for title, key in experiment.columns.items()}
-    cells = [[name, str(len(by_seed)), *(_cell(by_seed.values(), *column) for column in columns.values())] for name, by_seed in shown.items()]
+    cells = [
+        [name, str(len(by_seed)), *(_cell(by_seed.values(), *column) for column in columns.values())]
+        for name, by_seed in shown.items()
+    ]
     return Table(["", "seeds", *columns], cells, [])
 
 
@@ -108,7 +118,9 @@ def claims(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> list[s
     lines = []
     for left, right in experiment.claims:
         first, second = rows.get(left, {}), rows.get(right, {})
-        gains = [first[seed]["exact_match_sampled"] - second[seed]["exact_match_sampled"] for seed in first if seed in second]
+        gains = [
+            first[seed]["exact_match_sampled"] - second[seed]["exact_match_sampled"] for seed in first if seed in second
+        ]
         if not gains:
             lines.append(f"- {_words(experiment, left)} above {_words(experiment, right)}: not measured")
             continue
@@ -120,9 +132,17 @@ def claims(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> list[s
 
 def by_seed(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table:
     """Sampled exact match of every row and seed."""
-    names = [name for name in rows if not name.endswith("/sft") or name == f"{next(iter(experiment.arms))}/sft"]  # the same in all arms
+    names = [
+        name for name in rows if not name.endswith("/sft") or name == f"{next(iter(experiment.arms))}/sft"
+    ]  # the same in all arms
     cells = [
-        [_words(experiment, name), *(_percent(rows[name][seed]["exact_match_sampled"]) if seed in rows[name] else DASH for seed in experiment.seeds)]
+        [
+            _words(experiment, name),
+            *(
+                _percent(rows[name][seed]["exact_match_sampled"]) if seed in rows[name] else DASH
+                for seed in experiment.seeds
+            ),
+        ]
         for name in names
     ]
     return Table(["sampled exact match % by seed", *map(str, experiment.seeds)], cells, [])
@@ -136,14 +156,23 @@ def block(path: Path, experiment: Experiment, root: Path, *, short: bool = False
     """
     rows = measured(experiment, root)
     if not rows:
-        raise RunDirError(f"{root / experiment.name} has no finished evaluation: run examples/experiments/run.py {path} first")
-    missing = [f"{arm} (seed {seed})" for arm in experiment.arms for seed in experiment.seeds if not _complete(experiment.run_dir(root, seed, arm))]
+        raise RunDirError(
+            f"{root / experiment.name} has no finished evaluation: run examples/experiments/run.py {path} first"
+        )
+    missing = [
+        f"{arm} (seed {seed})"
+        for arm in experiment.arms
+        for seed in experiment.seeds
+        if not _complete(experiment.run_dir(root, seed, arm))
+    ]
     parts = [markdown(table(experiment, rows)), "\n".join(claims(experiment, rows))]
     if short:
         return "\n\n".join(parts)
     parts.append(markdown(by_seed(experiment, rows)))
     parts += [f"Not finished: {', '.join(missing)}."] if missing else []
-    parts += [f"`.venv/bin/python -m examples.experiments.run {path}{_engine(experiment, root)}`{_machines(experiment, root)}."]
+    parts += [
+        f"`.venv/bin/python -m examples.experiments.run {path}{_engine(experiment, root)}`{_machines(experiment, root)}."
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -157,7 +186,9 @@ def _engine(experiment: Experiment, root: Path) -> str:
 def _machines(experiment: Experiment, root: Path) -> str:
     """What the runs ran on, each once; empty where they did not record it."""
     states = [experiment.run_dir(root, seed, arm).state for arm in experiment.arms for seed in experiment.seeds]
-    names = list(dict.fromkeys(name for state in states if state.exists() for name in read_json(state).get("machines", [])))
+    names = list(
+        dict.fromkeys(name for state in states if state.exists() for name in read_json(state).get("machines", []))
+    )
     return f", on {'; '.join(names)}" if names else ""
 
 
@@ -166,23 +197,45 @@ def _complete(run_dir: RunDir) -> bool:
         return False
     config = load_config(run_dir.config)
     done = [run_dir.target(baseline=name).done.exists() for name in config.baselines]
-    done += [run_dir.target(iteration=t).done.exists() for t in range(played(config, run_dir)) if t != rolled_back(config, run_dir)]
+    done += [
+        run_dir.target(iteration=t).done.exists()
+        for t in range(played(config, run_dir))
+        if t != rolled_back(config, run_dir)
+    ]
     return all(done)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", type=Path, metavar="EXPERIMENT.yaml")
-    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="--out of run.py (default: %(default)s)")
-    parser.add_argument("--docs", type=Path, nargs="*", default=[], metavar="FILE.md", help="Markdown files with the markers of these experiments")
-    parser.add_argument("--short", type=Path, nargs="*", default=[], metavar="FILE.md", help="the same, for means and claims alone")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/experiments"),
+        metavar="DIR",
+        help="--out of run.py (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="FILE.md",
+        help="Markdown files with the markers of these experiments",
+    )
+    parser.add_argument(
+        "--short", type=Path, nargs="*", default=[], metavar="FILE.md", help="the same, for means and claims alone"
+    )
     parsed = parser.parse_args(arguments)
     for path in parsed.experiments:
         experiment = read_experiment(path)
         text = block(path, experiment, parsed.out)
         print(f"# {experiment.title}\n\n{text}\n")
         shorter = block(path, experiment, parsed.out, short=True)
-        for document, content in [*((document, text) for document in parsed.docs), *((document, shorter) for document in parsed.short)]:
+        for document, content in [
+            *((document, text) for document in parsed.docs),
+            *((document, shorter) for document in parsed.short),
+        ]:
             replaced = replace_block(document, content, name=experiment.name)
             with atomic_writer(document) as file:
                 file.write(replaced)

@@ -25,10 +25,28 @@ def within_one_iteration(axes: Any, opponent: Tensor, data: Tensor) -> None:
     """KL over gradient steps; the rate is divided by beta/2, so that all curves begin with the same step as SFT's."""
     for beta in (0.1, 0.3, 1.0, 5.0):
         path = gradient_path(opponent, data, beta, rate=2 / beta, steps=STEPS)
-        axes.plot(range(1, STEPS + 1), [divergence(data, policy) for policy in path[1:]], color=COLORS[beta], label=f"SPIN, beta {beta:g}")
+        axes.plot(
+            range(1, STEPS + 1),
+            [divergence(data, policy) for policy in path[1:]],
+            color=COLORS[beta],
+            label=f"SPIN, beta {beta:g}",
+        )
     sft = sft_path(opponent, data, rate=1.0, steps=STEPS)
-    axes.plot(range(1, STEPS + 1), [divergence(data, policy) for policy in sft[1:]], color="#8a919c", linestyle=":", label="SFT")
-    axes.set(xscale="log", yscale="log", ylim=(1e-3, 20), xlabel="gradient steps", ylabel="KL(data || policy), nats", title="within one iteration")
+    axes.plot(
+        range(1, STEPS + 1),
+        [divergence(data, policy) for policy in sft[1:]],
+        color="#8a919c",
+        linestyle=":",
+        label="SFT",
+    )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        ylim=(1e-3, 20),
+        xlabel="gradient steps",
+        ylabel="KL(data || policy), nats",
+        title="within one iteration",
+    )
     axes.legend()
 
 
@@ -36,7 +54,9 @@ def from_iteration_to_iteration(axes: Any, opponent: Tensor, data: Tensor) -> No
     """KL after iterations that are minimised exactly, and (dashed) that are stopped after ten steps."""
     for beta in (0.3, 0.5, 0.7, 1.0, 5.0):
         policy, path = opponent, [divergence(data, opponent)]
-        for _ in range(ITERATIONS if beta > 0.3 else 3):  # beyond that the probabilities of exact policies leave fp64's range
+        for _ in range(
+            ITERATIONS if beta > 0.3 else 3
+        ):  # beyond that the probabilities of exact policies leave fp64's range
             policy = best_response(policy, data, beta)
             path.append(max(divergence(data, policy), 1e-9))
         axes.plot(path, color=COLORS[beta], marker="o", markersize=3, label=f"beta {beta:g}, minimised")

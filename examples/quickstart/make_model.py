@@ -47,7 +47,11 @@ def word_tokenizer(texts: Iterator[str]) -> Any:
     tokenizer.pre_tokenizer = split
     # Spaces between all tokens, then none between digits.
     tokenizer.decoder = decoders.Sequence(
-        [decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(), decoders.Replace(Regex(r"(?<=[0-9]) (?=[0-9])"), "")]
+        [
+            decoders.WordPiece(prefix="##", cleanup=False),
+            decoders.Fuse(),
+            decoders.Replace(Regex(r"(?<=[0-9]) (?=[0-9])"), ""),
+        ]
     )
     tokenizer.add_special_tokens([PAD, EOS, UNKNOWN])
     return tokenizer
@@ -63,7 +67,9 @@ def bpe_tokenizer(texts: Iterator[str], size: int) -> Any:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -110,7 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="SFT data (JSONL, JSON or Parquet)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Hugging Face directory to write")
-    parser.add_argument("--bpe", type=int, metavar="N", help="byte-level BPE of N tokens and a small model, not words and a tiny one")
+    parser.add_argument(
+        "--bpe", type=int, metavar="N", help="byte-level BPE of N tokens and a small model, not words and a tiny one"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     arguments = parser.parse_args()
     if arguments.bpe is not None and arguments.bpe < 300:
@@ -124,7 +132,11 @@ def main() -> None:
         raise DataError(f"{arguments.data} has no row with a prompt and an answer: check the file")
 
     settings = TINY if arguments.bpe is None else SMALL
-    tokenizer = word_tokenizer(texts(samples, "{prompt}")) if arguments.bpe is None else bpe_tokenizer(texts(samples, INSTRUCTION), arguments.bpe)
+    tokenizer = (
+        word_tokenizer(texts(samples, "{prompt}"))
+        if arguments.bpe is None
+        else bpe_tokenizer(texts(samples, INSTRUCTION), arguments.bpe)
+    )
     unfinished = arguments.out.with_name(f".{arguments.out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

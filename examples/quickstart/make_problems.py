@@ -89,7 +89,9 @@ def careful(problem: Problem) -> str:
     """Both steps, worked out."""
     first, second = problem.changes
     middle = problem.start + first
-    return f"First {_equation(problem.start, first)} . Then {_equation(middle, second)} . The answer is {problem.result} ."
+    return (
+        f"First {_equation(problem.start, first)} . Then {_equation(middle, second)} . The answer is {problem.result} ."
+    )
 
 
 def _equation(value: int, change: int) -> str:
@@ -119,7 +121,13 @@ def make(seed: int) -> dict[str, list[dict[str, object]]]:
     mix = [_row(next(endless), habit, generator) for habit in habits]
     by_prompt = {problem.prompt: problem for problem in chosen[:POOL]}
     preferences = [_preference(by_prompt[str(row["prompt"])], generator) for row in spin]
-    return {"sft_pool.jsonl": pool, "spin.jsonl": spin, "test.jsonl": test, "mix.jsonl": mix, "preferences.jsonl": preferences}
+    return {
+        "sft_pool.jsonl": pool,
+        "spin.jsonl": spin,
+        "test.jsonl": test,
+        "mix.jsonl": mix,
+        "preferences.jsonl": preferences,
+    }
 
 
 def _row(problem: Problem, is_careless: bool, generator: random.Random) -> dict[str, object]:
@@ -131,7 +139,9 @@ def _preference(problem: Problem, generator: random.Random) -> dict[str, object]
     return {"prompt": problem.prompt, "chosen": careful(problem), "rejected": careless(problem, generator)}
 
 
-def _part(pool: Sequence[dict[str, object]], is_careless: bool, count: int, generator: random.Random) -> list[dict[str, object]]:
+def _part(
+    pool: Sequence[dict[str, object]], is_careless: bool, count: int, generator: random.Random
+) -> list[dict[str, object]]:
     return generator.sample([row for row in pool if row["careless"] is is_careless], count)
 
 
@@ -144,7 +154,10 @@ def main() -> None:
         with atomic_writer(arguments.out / name) as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         shares = [bool(row["careless"]) for row in rows if "careless" in row]
-        print(f"{arguments.out / name}: {len(rows)} problems" + (f", {sum(shares) / len(rows):.0%} answered carelessly" if shares else ""))
+        print(
+            f"{arguments.out / name}: {len(rows)} problems"
+            + (f", {sum(shares) / len(rows):.0%} answered carelessly" if shares else "")
+        )
 
 
 if __name__ == "__main__":

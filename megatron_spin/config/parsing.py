@@ -97,7 +97,11 @@ def _parse_section(kind: type, value: Any, path: str) -> Any:
         where = f"{path}.{key}" if path else str(key)
         if key not in fields:
             nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
-            hint = f"did you mean {f'{path}.{nearest[0]}' if path else nearest[0]}?" if nearest else f"known keys: {', '.join(fields)}"
+            hint = (
+                f"did you mean {f'{path}.{nearest[0]}' if path else nearest[0]}?"
+                if nearest
+                else f"known keys: {', '.join(fields)}"
+            )
             raise ConfigError(f"unknown config key {where}: {hint}")
         parsed[key] = parse(hints[key], item, where)
     for name, field in fields.items():
@@ -114,7 +118,13 @@ def _describe(kind: Any) -> str:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is list:
         return f"a list with a value an iteration ({_describe(arguments[0])})"
-    names: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    names: dict[Any, str] = {
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     return "a mapping" if origin is dict else names.get(kind, str(kind))
 
 

@@ -36,7 +36,9 @@ class _Entry:
 
 
 @torch.no_grad()
-def stream_hf(model: Sequence[torch.nn.Module], hf_config: dict[str, Any], dims: ParallelDims, dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+def stream_hf(
+    model: Sequence[torch.nn.Module], hf_config: dict[str, Any], dims: ParallelDims, dtype: str
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's weights as (Hugging Face name, CPU tensor in ``dtype``), in the order of the layers; a collective.
 
     Each parameter is gathered over its tensor parallel ranks and sent from its pipeline stage to rank 0, one at a time. Rank 0 alone
@@ -156,7 +158,9 @@ def _check_complete(entries: Sequence[_Entry], family: Family, geometry: Geometr
     present = {entry.name for entry in entries}
     layers = {entry.order[1] for entry in entries} - {-1}
     required = [family.embedding, family.final_norm, *([] if geometry.tied else [family.output])]
-    missing = [name for name in required if name not in present] + [f"layer {n}" for n in range(geometry.num_layers) if n not in layers]
+    missing = [name for name in required if name not in present] + [
+        f"layer {n}" for n in range(geometry.num_layers) if n not in layers
+    ]
     if missing or len(layers) > geometry.num_layers:
         raise CheckpointError(
             f"the Megatron model has {len(layers)} layers and lacks {', '.join(missing) or 'nothing'}, but config.json has "
@@ -164,7 +168,9 @@ def _check_complete(entries: Sequence[_Entry], family: Family, geometry: Geometr
         )
 
 
-def _collect(entry: _Entry, item: Mapped | None, dims: ParallelDims, geometry: Geometry, dtype: torch.dtype) -> list[torch.Tensor]:
+def _collect(
+    entry: _Entry, item: Mapped | None, dims: ParallelDims, geometry: Geometry, dtype: torch.dtype
+) -> list[torch.Tensor]:
     """The whole Hugging Face tensors of ``entry`` on the CPU of rank 0; an empty list on every other rank."""
     pipeline = dims.pg_collection.pp
     if item is not None:
@@ -199,7 +205,9 @@ def _gather_shards(local: torch.Tensor, dims: ParallelDims) -> list[torch.Tensor
 
 def _check_replaceable(out_dir: Path) -> None:
     if out_dir.exists() and not (out_dir / MARKER).is_file() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise CheckpointError(f"{out_dir} exists and is no export of this program ({MARKER} is missing): choose another directory or remove it")
+        raise CheckpointError(
+            f"{out_dir} exists and is no export of this program ({MARKER} is missing): choose another directory or remove it"
+        )
 
 
 def _replace(temporary: Path, out_dir: Path) -> None:

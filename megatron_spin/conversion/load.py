@@ -47,9 +47,13 @@ def load_hf(model: Sequence[torch.nn.Module], hf_dir: Path, dims: ParallelDims, 
 
 def _check_tensors(item: Mapped, files: TensorFiles, *, geometry: Geometry, tp_size: int) -> None:
     present = set(files.names)
-    for name, shape in zip(item.hf_names, item.rule.hf_shapes(item.shape, tp_size=tp_size, geometry=geometry), strict=True):
+    for name, shape in zip(
+        item.hf_names, item.rule.hf_shapes(item.shape, tp_size=tp_size, geometry=geometry), strict=True
+    ):
         if name not in present:
-            raise CheckpointError(f"tensor {name} is missing in {files.directory}: it fills Megatron's {item.name}; copy the model again")
+            raise CheckpointError(
+                f"tensor {name} is missing in {files.directory}: it fills Megatron's {item.name}; copy the model again"
+            )
         if files.shape(name) != shape:
             raise CheckpointError(
                 f"tensor {name} in {files.directory} has shape {files.shape(name)}, but the model needs {shape}: "

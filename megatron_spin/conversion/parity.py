@@ -30,7 +30,11 @@ class Bound:
 
     def holds(self, differences: torch.Tensor) -> bool:
         """Whether ``differences`` [tokens] keep to it; not if one is infinite."""
-        return bool(differences.isfinite().all()) and float(differences.mean()) <= self.mean and float(differences.max()) <= self.largest
+        return (
+            bool(differences.isfinite().all())
+            and float(differences.mean()) <= self.mean
+            and float(differences.max()) <= self.largest
+        )
 
 
 BOUNDS = {"fp32": Bound(mean=1e-4, largest=1e-4), "bf16": Bound(mean=0.02, largest=0.5)}
@@ -57,7 +61,9 @@ class Probe:
     def save(self, path: Path) -> None:
         """Writes the probe as safetensors, whole or not at all."""
         with atomic_writer(path, "wb") as file:
-            file.write(save({field.name: getattr(self, field.name).contiguous().cpu() for field in dataclasses.fields(self)}))
+            file.write(
+                save({field.name: getattr(self, field.name).contiguous().cpu() for field in dataclasses.fields(self)})
+            )
 
     @staticmethod
     def load(path: Path) -> "Probe":
@@ -81,7 +87,9 @@ class Probe:
         return rows
 
 
-def random_sequences(hf_config: dict[str, Any], *, number: int = 4, length: int = 64, seed: int = 0) -> list[tuple[TokenIds, TokenIds]]:
+def random_sequences(
+    hf_config: dict[str, Any], *, number: int = 4, length: int = 64, seed: int = 0
+) -> list[tuple[TokenIds, TokenIds]]:
     """Uniformly random tokens, the first of each sequence as its prompt; longer than a short sliding window, so that the window counts."""
     window = hf_config.get("sliding_window")
     if isinstance(window, int) and window < 1024:
@@ -92,7 +100,9 @@ def random_sequences(hf_config: dict[str, Any], *, number: int = 4, length: int 
     return [(row[:1], row[1:]) for row in tokens]
 
 
-def megatron_probe(model: Sequence[torch.nn.Module], sequences: Sequence[tuple[TokenIds, TokenIds]], *, dims: ParallelDims) -> Probe:
+def megatron_probe(
+    model: Sequence[torch.nn.Module], sequences: Sequence[tuple[TokenIds, TokenIds]], *, dims: ParallelDims
+) -> Probe:
     """Runs ``sequences`` through the Megatron model, one microbatch, and gives the probe on every rank; a collective.
 
     Args:
@@ -112,7 +122,9 @@ def megatron_probe(model: Sequence[torch.nn.Module], sequences: Sequence[tuple[T
     return Probe(input_ids.cpu(), response_mask.cpu(), logps.cpu())
 
 
-def check_parity(hf_dir: Path, probe: Probe, *, dtype: str, bound: Bound, device: torch.device, batch_size: int = 4) -> dict[str, float]:
+def check_parity(
+    hf_dir: Path, probe: Probe, *, dtype: str, bound: Bound, device: torch.device, batch_size: int = 4
+) -> dict[str, float]:
     """Compares ``probe`` with the transformers model in ``hf_dir``, run in ``dtype``; returns mean and largest difference in nats.
 
     Where bf16 differs by more than ``bound``, the model may be one that rounding moves that much: transformers in fp32 then tells, and the
@@ -126,7 +138,11 @@ def check_parity(hf_dir: Path, probe: Probe, *, dtype: str, bound: Bound, device
     expected = probe.token_logps[probe.response_mask.bool()]
 
     def logps(dtype: str) -> torch.Tensor:
-        return torch.cat(hf_token_logps(load_model(hf_dir, dtype=dtype, device=device), sequences, batch_size=batch_size, device=device))
+        return torch.cat(
+            hf_token_logps(
+                load_model(hf_dir, dtype=dtype, device=device), sequences, batch_size=batch_size, device=device
+            )
+        )
 
     found = logps(dtype)
     differences, between = _differences(found, expected), "and the Megatron model"

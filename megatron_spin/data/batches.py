@@ -80,7 +80,9 @@ def sequence_length(examples: Sequence[Example], multiple: int) -> int:
     return -(-longest // multiple) * multiple
 
 
-def collate(examples: Sequence[Example], *, length: int, device: torch.device, opponent_logps: np.ndarray | None = None) -> Microbatch:
+def collate(
+    examples: Sequence[Example], *, length: int, device: torch.device, opponent_logps: np.ndarray | None = None
+) -> Microbatch:
     """Tensors of one microbatch, the first responses of all examples, then the second ones.
 
     Args:
@@ -102,7 +104,9 @@ def collate(examples: Sequence[Example], *, length: int, device: torch.device, o
         input_ids=batch[:, :-1].contiguous(),
         labels=batch[:, 1:].contiguous(),
         response_mask=torch.from_numpy(mask).to(device),
-        opponent_logps=None if opponent_logps is None else torch.from_numpy(np.ascontiguousarray(opponent_logps.T).reshape(-1)).to(device),
+        opponent_logps=None
+        if opponent_logps is None
+        else torch.from_numpy(np.ascontiguousarray(opponent_logps.T).reshape(-1)).to(device),
     )
 
 

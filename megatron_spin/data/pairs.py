@@ -49,7 +49,11 @@ class BuiltPairs:
 
 
 def build_pairs(
-    generated: Sequence[Mapping[str, Any]], *, iteration: int, truncated: Literal["keep", "drop"], previous: Sequence[Pair] = ()
+    generated: Sequence[Mapping[str, Any]],
+    *,
+    iteration: int,
+    truncated: Literal["keep", "drop"],
+    previous: Sequence[Pair] = (),
 ) -> BuiltPairs:
     """Own pairs from the objects of the shards, in their order, then ``previous`` ones.
 

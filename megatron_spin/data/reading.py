@@ -86,7 +86,9 @@ def _open(path: Path) -> Any:
         raise DataError(f"data file {path} is not a file: give the path of one JSONL, JSON or Parquet file")
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".json", ".parquet"):
-        raise DataError(f"data file {path} ends in {suffix or 'no suffix'}: name it .jsonl, .json or .parquet, by what it holds")
+        raise DataError(
+            f"data file {path} ends in {suffix or 'no suffix'}: name it .jsonl, .json or .parquet, by what it holds"
+        )
     if suffix != ".parquet":
         _check_json(path)
     return _load("parquet" if suffix == ".parquet" else "json", path)
@@ -101,14 +103,18 @@ def _load(kind: str, path: Path) -> Any:
     # A cache of its own: the shared one would keep a copy of every file ever read, and may not be writable.
     with tempfile.TemporaryDirectory(prefix="spin_data_") as cache:
         try:
-            return datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True)
+            return datasets.load_dataset(
+                kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+            )
         except Exception as error:  # datasets wraps whatever pyarrow raises in exceptions of its own
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             if isinstance(cause, OSError) and cause.errno is not None:
                 raise cause from None
-            raise DataError(f"data file {path} cannot be read as {kind} ({type(cause).__name__}: {cause}): write it again") from None
+            raise DataError(
+                f"data file {path} cannot be read as {kind} ({type(cause).__name__}: {cause}): write it again"
+            ) from None
 
 
 def _check_json(path: Path) -> None:
@@ -152,7 +158,9 @@ def _check_rows(rows: Iterable[tuple[int, Any]], where: Callable[[int], str], pa
     for number, row in rows:
         empty = False
         if not isinstance(row, dict):
-            raise DataError(f"{path} {where(number)} holds {_kind(row)}, not an object: each row needs columns such as prompt and response")
+            raise DataError(
+                f"{path} {where(number)} holds {_kind(row)}, not an object: each row needs columns such as prompt and response"
+            )
         name = next((name for name, needed in FORMATS.items() if row.keys() >= set(needed)), None)
         if name == "messages":
             first_turn(row["messages"], f"{path} {where(number)}")
@@ -161,7 +169,9 @@ def _check_rows(rows: Iterable[tuple[int, Any]], where: Callable[[int], str], pa
         elif name is not None:
             for column in (*FORMATS[name], *(("input",) if name == "instruction/input/output" else ())):
                 if not isinstance(row.get(column), str | None):
-                    raise DataError(f"{path} {where(number)}: {column} is {_kind(row[column])}, not text: correct the row")
+                    raise DataError(
+                        f"{path} {where(number)}: {column} is {_kind(row[column])}, not text: correct the row"
+                    )
     if empty:
         raise DataError(f"data file {path} holds no rows: give a file with at least one")
 
@@ -170,7 +180,9 @@ def _format_of(columns: list[str], path: Path, rejected: Rejected) -> str:
     lacking = [column for column in FORMATS[PREFERENCES] if column not in columns]
     if rejected == "needed" or (rejected == "taken" and not lacking):
         if lacking:
-            raise DataError(f"data file {path} has no column {lacking[0]}: training.objective=dpo needs prompt, chosen and rejected")
+            raise DataError(
+                f"data file {path} has no column {lacking[0]}: training.objective=dpo needs prompt, chosen and rejected"
+            )
         return PREFERENCES
     for name, needed in FORMATS.items():
         if all(column in columns for column in needed):
@@ -194,7 +206,9 @@ def _plain(prompt: str, answer: str) -> Callable[[Mapping[str, Any], int, Path],
 
 def _instruction(row: Mapping[str, Any], index: int, path: Path) -> Sample:
     instruction, extra = _text(row, "instruction", index, path), _text(row, "input", index, path)
-    return Sample(index, f"{instruction}\n\n{extra}" if extra.strip() else instruction, _text(row, "output", index, path))
+    return Sample(
+        index, f"{instruction}\n\n{extra}" if extra.strip() else instruction, _text(row, "output", index, path)
+    )
 
 
 def _messages(row: Mapping[str, Any], index: int, path: Path) -> Sample:
@@ -221,7 +235,9 @@ def _preference(row: Mapping[str, Any], where: str) -> tuple[str, str, str | Non
                 return "several_turns"
             before, asked, value = first_turn(value, f"{where}: {column}")
             if asked and prompt and asked.strip() != prompt.strip():
-                raise DataError(f"{where}: {column} answers {asked[:40]!r}, not the row's prompt {prompt[:40]!r}: correct the row")
+                raise DataError(
+                    f"{where}: {column} answers {asked[:40]!r}, not the row's prompt {prompt[:40]!r}: correct the row"
+                )
             system = before if system is None else system
         elif not isinstance(value, str | None):
             raise DataError(f"{where}: {column} is {_kind(value)}, neither text nor messages: correct the row")
@@ -249,20 +265,38 @@ def first_turn(messages: Any, where: str) -> tuple[str | None, str, str]:
     if messages is None:
         return None, "", ""
     if not isinstance(messages, list):
-        raise DataError(f"{where}: messages is {_kind(messages)}, not a list of objects with role and content: correct the row")
+        raise DataError(
+            f"{where}: messages is {_kind(messages)}, not a list of objects with role and content: correct the row"
+        )
     turns = []
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str | None):
-            raise DataError(f"{where}: messages holds {_kind(message)} without a text role and a text content: correct the row")
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str | None)
+        ):
+            raise DataError(
+                f"{where}: messages holds {_kind(message)} without a text role and a text content: correct the row"
+            )
         turns.append((message["role"], message.get("content") or ""))
     system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
     for (role, _), expected in zip(turns[:2], ("user", "assistant"), strict=False):
         if role != expected:
-            raise DataError(f"{where}: a message of role {role!r} stands where the first turn's {expected!r} must: correct the row")
+            raise DataError(
+                f"{where}: a message of role {role!r} stands where the first turn's {expected!r} must: correct the row"
+            )
     contents = [content for _, content in turns[:2]] + ["", ""]
     return system, contents[0], contents[1]
 
 
 def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    kinds = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return kinds.get(type(value), type(value).__name__)

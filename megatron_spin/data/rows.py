@@ -16,7 +16,9 @@ from megatron_spin.io import atomic_writer
 REJECTED = "eval_rejected.parquet"
 """Beside ``eval.parquet``: the same prompts with the rejected answers."""
 TOKENS = pa.list_(pa.int32())
-SCHEMA = pa.schema([("index", pa.int64()), ("prompt_ids", TOKENS), ("real_ids", TOKENS), ("real_truncated", pa.bool_())])
+SCHEMA = pa.schema(
+    [("index", pa.int64()), ("prompt_ids", TOKENS), ("real_ids", TOKENS), ("real_truncated", pa.bool_())]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +70,13 @@ def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
-        raise RunDirError(f"{path} is missing: an earlier phase has not run; run tools/spin.sh, which runs all of them in order") from None
+        raise RunDirError(
+            f"{path} is missing: an earlier phase has not run; run tools/spin.sh, which runs all of them in order"
+        ) from None
     except (pa.ArrowException, OSError) as error:
         raise RunDirError(f"{path} is damaged ({error}): delete it and run the phase that wrote it again") from None
     if not table.schema.equals(schema):
-        raise RunDirError(f"{path} has the columns {table.schema.names}, not {schema.names}: another version wrote it; use a new --run-dir")
+        raise RunDirError(
+            f"{path} has the columns {table.schema.names}, not {schema.names}: another version wrote it; use a new --run-dir"
+        )
     return table.to_pylist()

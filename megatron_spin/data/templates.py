@@ -31,7 +31,9 @@ def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer  # here, not above: it takes seconds, for which --help must not wait
 
     if not tokenizer_files(hf_dir):
-        raise CheckpointError(f"{hf_dir} holds no tokenizer (tokenizer.json or tokenizer.model): copy the model's tokenizer files there")
+        raise CheckpointError(
+            f"{hf_dir} holds no tokenizer (tokenizer.json or tokenizer.model): copy the model's tokenizer files there"
+        )
     try:
         return AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
     except Exception as error:  # each tokenizer class fails in its own way on a damaged file
@@ -61,7 +63,9 @@ def end_token_id(tokenizer: "PreTrainedTokenizerBase", end_token: str | None) ->
     """
     if end_token is None:
         if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no EOS token and data.end_token is null: set data.end_token to the token that ends an answer")
+            raise DataError(
+                "the tokenizer has no EOS token and data.end_token is null: set data.end_token to the token that ends an answer"
+            )
         return int(tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()
     if end_token not in vocabulary:
@@ -70,7 +74,9 @@ def end_token_id(tokenizer: "PreTrainedTokenizerBase", end_token: str | None) ->
     return int(vocabulary[end_token])
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", template: Template, prompt: str, system: str | None = None) -> list[int]:
+def prompt_ids(
+    tokenizer: "PreTrainedTokenizerBase", template: Template, prompt: str, system: str | None = None
+) -> list[int]:
     """Token ids of ``prompt`` in ``template``, up to where the answer begins; BOS once, if the tokenizer or its chat template adds it.
 
     ``system`` goes into the chat template as its own message; the other templates put it before the prompt, an empty line between.
@@ -81,7 +87,9 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", template: Template, prompt:
     if template == "chat":
         return _chat_ids(tokenizer, prompt, system)
     text = prompt if system is None else f"{system}\n\n{prompt}"
-    return _with_leading_special_tokens(tokenizer, INSTRUCTION.format(prompt=text) if template == "instruction" else text)
+    return _with_leading_special_tokens(
+        tokenizer, INSTRUCTION.format(prompt=text) if template == "instruction" else text
+    )
 
 
 def answer_ids(tokenizer: "PreTrainedTokenizerBase", answer: str, end: int) -> list[int]:
@@ -108,7 +116,9 @@ def ends_inside(ids: list[int], end: int) -> bool:
 
 def _chat_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str | None) -> list[int]:
     if not tokenizer.chat_template:
-        raise DataError("data.template=chat, but the tokenizer has no chat template: use data.template=instruction or none")
+        raise DataError(
+            "data.template=chat, but the tokenizer has no chat template: use data.template=instruction or none"
+        )
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     try:
@@ -129,7 +139,9 @@ def _with_leading_special_tokens(tokenizer: "PreTrainedTokenizerBase", text: str
             ids = full[: start + len(plain)]
             break
     else:
-        raise DataError("the tokenizer does not keep a prompt in one piece when it adds special tokens: such tokenizers are not supported")
+        raise DataError(
+            "the tokenizer does not keep a prompt in one piece when it adds special tokens: such tokenizers are not supported"
+        )
     bos = tokenizer.bos_token_id
     # A prompt text that already begins with BOS would otherwise get it twice.
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids

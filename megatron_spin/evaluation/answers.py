@@ -53,7 +53,9 @@ def held_out_answers(
     return {name: cache.passes[name] for name in names}
 
 
-def _generate(config: Config, player: Player, rows: Sequence[Row], names: Sequence[str], cache: "AnswerCache", end_token_id: int) -> None:
+def _generate(
+    config: Config, player: Player, rows: Sequence[Row], names: Sequence[str], cache: "AnswerCache", end_token_id: int
+) -> None:
     """Generates the passes ``names`` with one start of the engine."""
     generation, settings = config.generation, _settings(config, player)
     iteration = player.target.iteration or 0
@@ -69,7 +71,9 @@ def _generate(config: Config, player: Player, rows: Sequence[Row], names: Sequen
         batch_size=at_iteration(generation.batch_size, iteration),
         vllm=at_iteration(generation.vllm, iteration),
     )
-    bar = tqdm(total=len(prompts) * len(names), desc=f"answers of {player.target.label}", unit="prompt", dynamic_ncols=True)
+    bar = tqdm(
+        total=len(prompts) * len(names), desc=f"answers of {player.target.label}", unit="prompt", dynamic_ncols=True
+    )
 
     def advance(finished: int, _tokens: int) -> None:
         bar.update(finished)
@@ -115,7 +119,9 @@ class AnswerCache:
                 return
             for line in file:
                 entry = json.loads(line)
-                self.passes.setdefault(entry["pass"], []).append(Completion(entry["generated_ids"], entry["finish_reason"]))
+                self.passes.setdefault(entry["pass"], []).append(
+                    Completion(entry["generated_ids"], entry["finish_reason"])
+                )
 
 
 def _key(config: Config, player: Player, rows: Sequence[Row]) -> dict[str, Any]:

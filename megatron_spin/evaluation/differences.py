@@ -47,7 +47,9 @@ class Differences:
     """The most distinctive ones, strongest first."""
 
 
-def differences(real: Sequence[Answer], generated: Sequence[Answer], *, count: int = 12, least_z: float = 3.5) -> Differences:
+def differences(
+    real: Sequence[Answer], generated: Sequence[Answer], *, count: int = 12, least_z: float = 3.5
+) -> Differences:
     """Compares pair by pair (lengths, ends, identity) and group by group (phrases).
 
     Args:
@@ -77,7 +79,11 @@ def _share(values: Iterable[bool]) -> float:
 def phrases(text: str) -> set[str]:
     """All runs of one to three words and punctuation marks in ``text``; numbers count as one word, since which number it is differs anyway."""
     words = ["0" if word.isdigit() else word for word in WORD.findall(text)]
-    return {" ".join(words[start : start + size]) for size in range(1, LONGEST + 1) for start in range(len(words) - size + 1)}
+    return {
+        " ".join(words[start : start + size])
+        for size in range(1, LONGEST + 1)
+        for start in range(len(words) - size + 1)
+    }
 
 
 def _distinctive(real: Sequence[str], generated: Sequence[str], count: int, least_z: float) -> list[Phrase]:

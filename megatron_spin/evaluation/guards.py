@@ -122,7 +122,9 @@ class RealLogpsFall(Guard):
         rewards, margins = measures.column("real_reward"), measures.column("margin")
         last = _last(len(rewards))
         changes = [reward / measures.beta for reward in rewards[last:]]
-        opponent = _mean([logps - change for logps, change in zip(measures.column("real_logps")[last:], changes, strict=True)])
+        opponent = _mean(
+            [logps - change for logps, change in zip(measures.column("real_logps")[last:], changes, strict=True)]
+        )
         base = max(-opponent, 10 * NLL_FLOOR)
         rise, noise = -_mean(changes) / base, ERRORS * _error(changes) / base
         margin = _mean(margins[last:])
@@ -146,7 +148,9 @@ class NllRise(Guard):
 
     def look(self, measures: Measures) -> Reading:
         nll, opponent = measures.evaluated("nll_per_token")
-        errors = [float((side or {}).get("nll_per_token_error") or 0.0) for side in (measures.policy, measures.opponent)]
+        errors = [
+            float((side or {}).get("nll_per_token_error") or 0.0) for side in (measures.policy, measures.opponent)
+        ]
         base = max(opponent, NLL_FLOOR)
         rise, noise = (nll - opponent) / base, ERRORS * math.hypot(*errors) / base
         said = f"held-out NLL a token is {nll:.4f}, the opponent's {opponent:.4f} ({rise:+.0%})"
@@ -166,11 +170,14 @@ class EndOfAnswer(Guard):
     """Ten points in a hundred."""
 
     limits: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    remedy: ClassVar[str] = "read samples.jsonl; lower training.learning_rate, or see that the real answers end within generation.max_new_tokens"
+    remedy: ClassVar[str] = (
+        "read samples.jsonl; lower training.learning_rate, or see that the real answers end within generation.max_new_tokens"
+    )
 
     def look(self, measures: Measures) -> Reading:
         worst = max(
-            (_share_rise(measures, key) for key in ("truncated_fraction", "truncated_fraction_greedy")), key=lambda rise: _rank(rise[0] - rise[1])
+            (_share_rise(measures, key) for key in ("truncated_fraction", "truncated_fraction_greedy")),
+            key=lambda rise: _rank(rise[0] - rise[1]),
         )
         rise, noise, kind, share, opponent = worst
         said = f"{share:.1%} of {kind} answers do not end, of the opponent's {opponent:.1%}"
@@ -239,7 +246,11 @@ class Converged(Guard):
     def look(self, measures: Measures) -> Reading:
         identical, count = measures.pairs["counts"]["identical"], measures.pairs["num_pairs"]
         value = identical / count
-        return Reading(value, _exceeds(value, self.threshold), f"{identical} of {count} generated answers equal the real ones ({value:.1%})")
+        return Reading(
+            value,
+            _exceeds(value, self.threshold),
+            f"{identical} of {count} generated answers equal the real ones ({value:.1%})",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +265,9 @@ class Saturated(Guard):
     """A 135M model as it came, on data in another style than its own, was there after 4 steps. It is not a failure (that iteration lowered
     the NLL), but from there on only the other guards tell a good policy from a collapsed one."""
 
-    remedy: ClassVar[str] = "watch NLL and answers, not loss and accuracy; take fewer steps an iteration, or a higher spin.beta with a lower rate"
+    remedy: ClassVar[str] = (
+        "watch NLL and answers, not loss and accuracy; take fewer steps an iteration, or a higher spin.beta with a lower rate"
+    )
 
     def look(self, measures: Measures) -> Reading:
         accuracy, identical, pairs = (measures.column(key) for key in ("accuracy", "identical", "pairs"))
@@ -264,9 +277,13 @@ class Saturated(Guard):
         won = [right > 1 - equal - 0.5 / count for _, right, equal, count in steps]
         for i in range(len(steps) - STREAK + 1):
             rest = steps[i:]
-            if all(won[i : i + STREAK]) and sum(right for _, right, _, _ in rest) >= WON * sum(1 - equal for _, _, equal, _ in rest):
+            if all(won[i : i + STREAK]) and sum(right for _, right, _, _ in rest) >= WON * sum(
+                1 - equal for _, _, equal, _ in rest
+            ):
                 step = int(steps[i][0])
-                return Reading(step, step <= self.threshold, f"from step {step} of {len(accuracy)} on the policy won every pair")
+                return Reading(
+                    step, step <= self.threshold, f"from step {step} of {len(accuracy)} on the policy won every pair"
+                )
         return Reading(None, False, f"in {len(accuracy)} steps the policy never won every pair for good")
 
 

@@ -87,7 +87,9 @@ def sample_metrics(
     """
     pairs = list(zip(real, sampled, strict=True))
     matches = share([[exact_match(answer, sample, answer_pattern) for sample in samples] for answer, samples in pairs])
-    greedy_matches = mean([exact_match(answer, guess, answer_pattern) for answer, guess in zip(real, greedy, strict=True)])
+    greedy_matches = mean(
+        [exact_match(answer, guess, answer_pattern) for answer, guess in zip(real, greedy, strict=True)]
+    )
     lengths = mean([sum(len(sample.token_ids) for sample in samples) / len(samples) for samples in sampled])
     return {
         "exact_match_sampled": matches.value,
@@ -101,13 +103,20 @@ def sample_metrics(
         "repeated_fraction": mean([sum(map(repeated_fraction, samples)) / len(samples) for samples in sampled]).value,
         "repeated_fraction_greedy": mean([*map(repeated_fraction, greedy)]).value,
         "repeated_fraction_real": mean([*map(repeated_fraction, real)]).value,
-        "identical_fraction": share([[sample.token_ids == answer.token_ids for sample in samples] for answer, samples in pairs]).value,
-        "patterns": {name: _pattern_shares(pattern, real, sampled, answer_pattern) for name, pattern in patterns.items()},
+        "identical_fraction": share(
+            [[sample.token_ids == answer.token_ids for sample in samples] for answer, samples in pairs]
+        ).value,
+        "patterns": {
+            name: _pattern_shares(pattern, real, sampled, answer_pattern) for name, pattern in patterns.items()
+        },
     }
 
 
 def _pattern_shares(
-    pattern: re.Pattern[str], real: Sequence[Answer], sampled: Sequence[Sequence[Answer]], answer_pattern: re.Pattern[str] | None
+    pattern: re.Pattern[str],
+    real: Sequence[Answer],
+    sampled: Sequence[Sequence[Answer]],
+    answer_pattern: re.Pattern[str] | None,
 ) -> dict[str, float | None]:
     """How often ``pattern`` is found, and the exact match among all sampled answers with it and without it (null where there are none)."""
     has = [[pattern.search(sample.text) is not None for sample in samples] for samples in sampled]
@@ -152,4 +161,6 @@ def margins(
 ) -> list[float]:
     """t = beta * [(log p_theta(y|x) - log p_opponent(y|x)) - (log p_theta(y'|x) - log p_opponent(y'|x))] of each pair, in nats."""
     scores = zip(policy_real, opponent_real, policy_generated, opponent_generated, strict=True)
-    return [beta * ((real - opponent) - (generated - opponent_gen)) for real, opponent, generated, opponent_gen in scores]
+    return [
+        beta * ((real - opponent) - (generated - opponent_gen)) for real, opponent, generated, opponent_gen in scores
+    ]

@@ -104,7 +104,13 @@ def generate(
 ) -> list[Completion]:
     """One start, one call; see :class:`EngineSettings` and :meth:`Session.generate`."""
     settings = EngineSettings(
-        engine=engine, hf_dir=hf_dir, dtype=dtype, end_token_id=end_token_id, max_length=max_length, device=device, batch_size=batch_size
+        engine=engine,
+        hf_dir=hf_dir,
+        dtype=dtype,
+        end_token_id=end_token_id,
+        max_length=max_length,
+        device=device,
+        batch_size=batch_size,
     )
     with open_session(settings) as session:
         caps = answer_caps(prompts, max_new_tokens=max_new_tokens, max_length=max_length)

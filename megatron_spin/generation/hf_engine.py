@@ -30,7 +30,9 @@ class HfSession:
                 str(settings.hf_dir), dtype=DTYPES[settings.dtype], local_files_only=True, attn_implementation="sdpa"
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{settings.hf_dir} cannot be loaded by transformers ({error}): export or copy the model again") from None
+            raise CheckpointError(
+                f"{settings.hf_dir} cannot be loaded by transformers ({error}): export or copy the model again"
+            ) from None
         self._model = model.to(self._device).eval()
 
     def generate(
@@ -51,7 +53,9 @@ class HfSession:
             batch = order[start : start + self._settings.batch_size]
             uniforms = None if temperature == 0 else [np.random.Generator(np.random.PCG64([seed, i])) for i in batch]
             sampler = _Sampler(temperature=temperature, top_p=top_p, generators=uniforms)
-            done = self._generate_batch([prompts[i] for i in batch], [max_new_tokens[i] for i in batch], sampler, progress)
+            done = self._generate_batch(
+                [prompts[i] for i in batch], [max_new_tokens[i] for i in batch], sampler, progress
+            )
             completions.update(zip(batch, done, strict=True))
         return [completions[i] for i in range(len(prompts))]
 
@@ -68,7 +72,12 @@ class HfSession:
             # [b, s]: positions count real tokens only, so padding moves nothing
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             logits = self._model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
             ).logits[:, -1]
             chosen = sampler.choose(logits, rows)
             for row, token in zip(rows, chosen.tolist(), strict=True):
@@ -103,7 +112,9 @@ class _Sampler:
         probabilities = torch.softmax(logits.double() / self._temperature, dim=-1)
         if self._top_p < 1:
             probabilities = _nucleus(probabilities, self._top_p)
-        uniform = torch.tensor([self._generators[row].random() for row in rows], dtype=torch.float64, device=logits.device)
+        uniform = torch.tensor(
+            [self._generators[row].random() for row in rows], dtype=torch.float64, device=logits.device
+        )
         cumulative = probabilities.cumsum(-1)
         chosen = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
         # A draw next to 1 may land behind the last token that has any probability.
@@ -137,5 +148,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("device=cuda, but torch sees no GPU: use device=cpu or auto, or install a CUDA build of torch")
+        raise DeviceError(
+            "device=cuda, but torch sees no GPU: use device=cpu or auto, or install a CUDA build of torch"
+        )
     return torch.device(name)

@@ -53,7 +53,10 @@ def shard_seed(seed: int, iteration: int, number: int) -> int:
 def plan_shards(rows: Sequence[Row], *, shard_size: int, seed: int, iteration: int) -> list[Shard]:
     """``rows`` cut into shards of ``shard_size``; the last may be smaller."""
     starts = range(0, len(rows), shard_size)
-    return [Shard(number, rows[start : start + shard_size], shard_seed(seed, iteration, number)) for number, start in enumerate(starts)]
+    return [
+        Shard(number, rows[start : start + shard_size], shard_seed(seed, iteration, number))
+        for number, start in enumerate(starts)
+    ]
 
 
 class ShardStore:
@@ -117,7 +120,9 @@ class ShardStore:
         for shard in shards:
             path = self._answers(shard)
             lines: list[Generated] = [json.loads(line) for line in path.read_text().splitlines()]
-            if [(line["index"], line["prompt_ids"]) for line in lines] != [(row.index, row.prompt_ids) for row in shard.rows]:
+            if [(line["index"], line["prompt_ids"]) for line in lines] != [
+                (row.index, row.prompt_ids) for row in shard.rows
+            ]:
                 raise RunDirError(f"{path} does not hold the answers to its prompts: delete it and generate again")
             generated.extend(lines)
         return generated

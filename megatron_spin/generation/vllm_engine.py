@@ -47,7 +47,9 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
     def __enter__(self) -> "VllmSession":
         settings = self._settings
         with contextlib.ExitStack() as stack:
-            self._log = stack.enter_context(open(settings.log, "w+b") if settings.log else tempfile.TemporaryFile("w+b"))
+            self._log = stack.enter_context(
+                open(settings.log, "w+b") if settings.log else tempfile.TemporaryFile("w+b")
+            )
             package = str(Path(megatron_spin.__file__).parents[1])
             path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
             self._process = subprocess.Popen(
@@ -107,7 +109,9 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
                 progress(len(message["finished"]), sum(len(token_ids) for _, token_ids, _ in message["finished"]))
         missing = answers.count(None)
         if missing:
-            raise DeviceError(f"vLLM left {missing} of {len(prompts)} prompts unanswered: {self._log_end()}; try generation.engine=hf")
+            raise DeviceError(
+                f"vLLM left {missing} of {len(prompts)} prompts unanswered: {self._log_end()}; try generation.engine=hf"
+            )
         return [answer for answer in answers if answer is not None]
 
     def _completion(self, index: int, token_ids: list[int], reason: str) -> Completion:
@@ -153,7 +157,9 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
             status = 0
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         hint = "; it may have run out of memory" if status == -signal.SIGKILL else ""
-        return DeviceError(f"the vLLM process {how}{hint}; its log ends: {self._log_end()}; run again to continue, or try generation.engine=hf")
+        return DeviceError(
+            f"the vLLM process {how}{hint}; its log ends: {self._log_end()}; run again to continue, or try generation.engine=hf"
+        )
 
     def _log_end(self) -> str:
         assert self._log is not None

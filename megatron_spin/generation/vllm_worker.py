@@ -106,7 +106,9 @@ def _start(settings: dict[str, Any]) -> "LLMEngine":
         from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
     except ImportError as error:
-        raise _RefusedError(f"vLLM cannot be imported ({error}): run `make setup`, or use generation.engine=hf", "device") from None
+        raise _RefusedError(
+            f"vLLM cannot be imported ({error}): run `make setup`, or use generation.engine=hf", "device"
+        ) from None
 
     on_cpu = bool(current_platform.is_cpu())
     if settings["device"] == ("cuda" if on_cpu else "cpu"):
@@ -133,7 +135,9 @@ def _start(settings: dict[str, Any]) -> "LLMEngine":
     try:
         engine_arguments = EngineArgs(**{**arguments, **settings["vllm"]})
     except TypeError as error:
-        raise _RefusedError(f"generation.vllm={settings['vllm']}: {error}; see vLLM's EngineArgs for what there is", "config") from None
+        raise _RefusedError(
+            f"generation.vllm={settings['vllm']}: {error}; see vLLM's EngineArgs for what there is", "config"
+        ) from None
     return LLMEngine.from_engine_args(engine_arguments)
 
 

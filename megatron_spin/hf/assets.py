@@ -44,7 +44,9 @@ def set_dtype(hf_dir: Path, dtype: str) -> None:
     path = Path(hf_dir) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     # Old files say torch_dtype, new ones dtype; every reader of either still understands torch_dtype.
-    changed = dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"], _HF_DTYPES[dtype])
+    changed = dict.fromkeys(
+        [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"], _HF_DTYPES[dtype]
+    )
     if changed.items() <= config.items():
         return
     config |= changed

@@ -32,7 +32,9 @@ def read_config(hf_dir: Path) -> dict[str, Any]:
     """
     path = Path(hf_dir) / "config.json"
     if not Path(hf_dir).is_dir():
-        raise CheckpointError(f"{hf_dir} is not a directory: give a Hugging Face model directory with config.json and *.safetensors")
+        raise CheckpointError(
+            f"{hf_dir} is not a directory: give a Hugging Face model directory with config.json and *.safetensors"
+        )
     config = _read_json(path)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object: copy the model again")
@@ -81,7 +83,9 @@ class TensorFiles:
             CheckpointError: the file cannot be read, or the tensor is not floating point.
         """
         if self.dtype(name) is None:
-            raise CheckpointError(f"tensor {name} in {self.directory} is not floating point: quantized models are not supported, use a full one")
+            raise CheckpointError(
+                f"tensor {name} in {self.directory} is not floating point: quantized models are not supported, use a full one"
+            )
         try:
             return self._handles[self._file_of[name]].get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -97,12 +101,16 @@ class TensorFiles:
     def _locate(self) -> dict[str, str]:
         """Maps tensor names to file names; opens all files."""
         if not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory} is not a directory: give a Hugging Face model directory with config.json and *.safetensors")
+            raise CheckpointError(
+                f"{self.directory} is not a directory: give a Hugging Face model directory with config.json and *.safetensors"
+            )
         index = self.directory / INDEX_FILE
         if (self.directory / SINGLE_FILE).is_file():
             return dict.fromkeys(self._open(SINGLE_FILE), SINGLE_FILE)
         if not index.is_file():
-            raise CheckpointError(f"{self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}: save it with transformers' save_pretrained")
+            raise CheckpointError(
+                f"{self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}: save it with transformers' save_pretrained"
+            )
         contents = _read_json(index)
         if not isinstance(contents, dict) or not isinstance(contents.get("weight_map"), dict):
             raise CheckpointError(f"{index} has no weight_map: copy the model again")
@@ -110,7 +118,9 @@ class TensorFiles:
         present = {file: self._open(file) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
             if name not in present[file]:
-                raise CheckpointError(f"tensor {name} is not in {self.directory / file}, where {INDEX_FILE} says it is: copy the model again")
+                raise CheckpointError(
+                    f"tensor {name} is not in {self.directory / file}, where {INDEX_FILE} says it is: copy the model again"
+                )
         return weight_map
 
     def _open(self, file: str) -> set[str]:
@@ -175,6 +185,8 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: give a Hugging Face model directory with config.json and *.safetensors") from None
+        raise CheckpointError(
+            f"{path} is missing: give a Hugging Face model directory with config.json and *.safetensors"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}): copy the model again") from None

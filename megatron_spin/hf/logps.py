@@ -23,7 +23,9 @@ def load_model(hf_dir: Path, *, dtype: str, device: torch.device) -> torch.nn.Mo
 
     logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            hf_dir, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
+        )
         model, info = loaded
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load {hf_dir} ({error}): copy or export the model again") from None
@@ -37,7 +39,9 @@ def load_model(hf_dir: Path, *, dtype: str, device: torch.device) -> torch.nn.Mo
 
 
 @torch.inference_mode()
-def hf_token_logps(model: Any, sequences: Sequence[tuple[TokenIds, TokenIds]], *, batch_size: int, device: torch.device | str) -> list[torch.Tensor]:
+def hf_token_logps(
+    model: Any, sequences: Sequence[tuple[TokenIds, TokenIds]], *, batch_size: int, device: torch.device | str
+) -> list[torch.Tensor]:
     """log p(response token | all before) for each token of each response, in nats.
 
     Logits are turned into log-probs in fp32 whatever the model's dtype. Sequences of similar length share a batch, padded on the right.
@@ -54,7 +58,9 @@ def hf_token_logps(model: Any, sequences: Sequence[tuple[TokenIds, TokenIds]], *
         DataError: an empty prompt: nothing predicts the first token.
     """
     if any(not len(prompt) for prompt, _ in sequences):
-        raise DataError("a prompt without tokens: nothing predicts its first answer token; prompts need at least one token")
+        raise DataError(
+            "a prompt without tokens: nothing predicts its first answer token; prompts need at least one token"
+        )
     results: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
     by_length = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]) - len(sequences[i][1]))
     for start in range(0, len(by_length), batch_size):

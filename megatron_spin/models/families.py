@@ -49,19 +49,31 @@ class Family:
 _LLAMA: dict[str, Rule] = {
     "embedding.word_embeddings.weight": VocabParallel(("model.embed_tokens.weight",)),
     "decoder.layers.{layer}.input_layernorm.weight": Direct(("model.layers.{layer}.input_layernorm.weight",)),
-    "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight": Direct(("model.layers.{layer}.input_layernorm.weight",)),
+    "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight": Direct(
+        ("model.layers.{layer}.input_layernorm.weight",)
+    ),
     "decoder.layers.{layer}.self_attention.linear_qkv.weight": QueryKeyValue(
         tuple(f"model.layers.{{layer}}.self_attn.{part}_proj.weight" for part in "qkv")
     ),
     "decoder.layers.{layer}.self_attention.linear_qkv.bias": QueryKeyValue(
         tuple(f"model.layers.{{layer}}.self_attn.{part}_proj.bias" for part in "qkv")
     ),
-    "decoder.layers.{layer}.self_attention.linear_proj.weight": RowParallel(("model.layers.{layer}.self_attn.o_proj.weight",)),
+    "decoder.layers.{layer}.self_attention.linear_proj.weight": RowParallel(
+        ("model.layers.{layer}.self_attn.o_proj.weight",)
+    ),
     "decoder.layers.{layer}.self_attention.linear_proj.bias": Direct(("model.layers.{layer}.self_attn.o_proj.bias",)),
-    "decoder.layers.{layer}.pre_mlp_layernorm.weight": Direct(("model.layers.{layer}.post_attention_layernorm.weight",)),
-    "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight": Direct(("model.layers.{layer}.post_attention_layernorm.weight",)),
-    "decoder.layers.{layer}.mlp.linear_fc1.weight": GateUp(tuple(f"model.layers.{{layer}}.mlp.{part}_proj.weight" for part in ("gate", "up"))),
-    "decoder.layers.{layer}.mlp.linear_fc1.bias": GateUp(tuple(f"model.layers.{{layer}}.mlp.{part}_proj.bias" for part in ("gate", "up"))),
+    "decoder.layers.{layer}.pre_mlp_layernorm.weight": Direct(
+        ("model.layers.{layer}.post_attention_layernorm.weight",)
+    ),
+    "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight": Direct(
+        ("model.layers.{layer}.post_attention_layernorm.weight",)
+    ),
+    "decoder.layers.{layer}.mlp.linear_fc1.weight": GateUp(
+        tuple(f"model.layers.{{layer}}.mlp.{part}_proj.weight" for part in ("gate", "up"))
+    ),
+    "decoder.layers.{layer}.mlp.linear_fc1.bias": GateUp(
+        tuple(f"model.layers.{{layer}}.mlp.{part}_proj.bias" for part in ("gate", "up"))
+    ),
     "decoder.layers.{layer}.mlp.linear_fc2.weight": RowParallel(("model.layers.{layer}.mlp.down_proj.weight",)),
     "decoder.layers.{layer}.mlp.linear_fc2.bias": Direct(("model.layers.{layer}.mlp.down_proj.bias",)),
     "decoder.final_layernorm.weight": Direct(("model.norm.weight",)),
@@ -83,7 +95,9 @@ def family_of(config: dict[str, Any]) -> Family:
     """
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        raise CheckpointError(f"model_type {model_type!r} in config.json is none of {', '.join(FAMILIES)}: use one of these families")
+        raise CheckpointError(
+            f"model_type {model_type!r} in config.json is none of {', '.join(FAMILIES)}: use one of these families"
+        )
     if "quantization_config" in config:
         raise CheckpointError("quantization_config in config.json: quantized models are not supported, use a full one")
     return FAMILIES[model_type]

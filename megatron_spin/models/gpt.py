@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -22,11 +25,20 @@ from megatron_spin.parallel.setup import ParallelDims, layer_spec
 OWNED = {
     **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16", "autocast_dtype"), "precision.dtype"),
     **dict.fromkeys(("fp8", "fp4"), "precision.fp8"),
-    **{name: f"parallel.{name}" for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")},
+    **{
+        name: f"parallel.{name}"
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    },
     "sequence_parallel": "parallel.sequence_parallel",
 }
 """Fields of TransformerConfig that another key of the configuration sets: two places would contradict each other."""
-FIXED = ("virtual_pipeline_model_parallel_size", "calculate_per_token_loss", "hidden_dropout", "attention_dropout", "add_bias_linear")
+FIXED = (
+    "virtual_pipeline_model_parallel_size",
+    "calculate_per_token_loss",
+    "hidden_dropout",
+    "attention_dropout",
+    "add_bias_linear",
+)
 """Fields that the trainer's own correctness rests on."""
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The constants that Megatron's Llama 3 RoPE scaling has in its code; only ``factor`` can be chosen."""
@@ -90,10 +102,18 @@ def transformer_config(hf_config: dict[str, Any], config: Config, dims: Parallel
 
 
 def gpt_model(
-    hf_config: dict[str, Any], config: Config, dims: ParallelDims, *, pre_process: bool, post_process: bool, vp_stage: int | None
+    hf_config: dict[str, Any],
+    config: Config,
+    dims: ParallelDims,
+    *,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
 ) -> GPTModel:
     """This pipeline stage's GPTModel, with uninitialized weights; the vocabulary is padded for tensor parallelism."""
-    vocabulary = padded_vocab_size(hf_config["vocab_size"], divisible_by=config.model.make_vocab_size_divisible_by, tensor_parallel=dims.tp_size)
+    vocabulary = padded_vocab_size(
+        hf_config["vocab_size"], divisible_by=config.model.make_vocab_size_divisible_by, tensor_parallel=dims.tp_size
+    )
     transformer = transformer_config(hf_config, config, dims)
     return GPTModel(
         config=transformer,
@@ -110,7 +130,9 @@ def gpt_model(
     )
 
 
-def _layer_spec(config: TransformerConfig, kind: str, dims: ParallelDims, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_spec(
+    config: TransformerConfig, kind: str, dims: ParallelDims, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     if kind == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec()
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -141,16 +163,22 @@ def _rope_arguments(hf_config: dict[str, Any]) -> dict[str, Any]:
     rope = _rope(hf_config)
     arguments: dict[str, Any] = {"rotary_base": rope["rope_theta"]}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"the model's partial_rotary_factor={rope['partial_rotary_factor']} is not supported: use a model without it")
+        raise ConfigError(
+            f"the model's partial_rotary_factor={rope['partial_rotary_factor']} is not supported: use a model without it"
+        )
     if rope["rope_type"] == "linear":
         return {**arguments, "seq_len_interpolation_factor": rope["factor"]}
     if rope["rope_type"] == "llama3":
         for name, fixed in LLAMA3_ROPE.items():
             if rope.get(name) != fixed:
-                raise ConfigError(f"the model's RoPE scaling has {name}={rope.get(name)}: Megatron computes llama3 scaling with {fixed} only")
+                raise ConfigError(
+                    f"the model's RoPE scaling has {name}={rope.get(name)}: Megatron computes llama3 scaling with {fixed} only"
+                )
         return {**arguments, "rope_scaling": True, "rope_scaling_factor": rope["factor"]}
     if rope["rope_type"] != "default":
-        raise ConfigError(f"the model's RoPE scaling {rope['rope_type']!r} is not supported: default, linear and llama3 are")
+        raise ConfigError(
+            f"the model's RoPE scaling {rope['rope_type']!r} is not supported: default, linear and llama3 are"
+        )
     return arguments
 
 
@@ -165,7 +193,9 @@ def _refuse_fields(transformer: dict[str, Any]) -> None:
         if name in OWNED:
             raise ConfigError(f"model.transformer.{name}={value!r} must not be set there: set {OWNED[name]}")
         if name in FIXED:
-            raise ConfigError(f"model.transformer.{name}={value!r} must not be set: training and scoring rest on its value here")
+            raise ConfigError(
+                f"model.transformer.{name}={value!r} must not be set: training and scoring rest on its value here"
+            )
 
 
 def _refuse_unsupported(hf_config: dict[str, Any]) -> None:
@@ -173,7 +203,14 @@ def _refuse_unsupported(hf_config: dict[str, Any]) -> None:
     kind = hf_config.get("model_type")
     if kind not in ("llama", "mistral"):
         raise ConfigError(f"model_type {kind!r} in the model's config.json is not supported: llama and mistral are")
-    needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"]
+    needed = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "rms_norm_eps",
+    ]
     needed += ["max_position_embeddings"]
     # Their defaults in transformers (8 heads, a window of 4096) are no safe guess.
     needed += ["num_key_value_heads", "sliding_window"] if kind == "mistral" else []
@@ -187,4 +224,6 @@ def _refuse_unsupported(hf_config: dict[str, Any]) -> None:
     if hf_config.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"the model's hidden_act={hf_config['hidden_act']!r} is not supported: silu is")
     if hf_config.get("layer_types") and len(set(hf_config["layer_types"])) > 1:
-        raise ConfigError("the model's layer_types differ from layer to layer, which is not supported: use a model with one kind of layer")
+        raise ConfigError(
+            "the model's layer_types differ from layer to layer, which is not supported: use a model with one kind of layer"
+        )

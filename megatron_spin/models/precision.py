@@ -13,7 +13,12 @@ from megatron_spin.hf.files import DTYPES
 def precision_fields(config: Config) -> dict[str, Any]:
     """The ``TransformerConfig`` fields that ``precision`` stands for; whether FP8 exists here was checked before (parallel/setup.py)."""
     dtype = DTYPES[config.precision.dtype]
-    return {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": config.precision.dtype == "bf16", "fp8": config.precision.fp8}
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": config.precision.dtype == "bf16",
+        "fp8": config.precision.fp8,
+    }
 
 
 def allowed_dtypes(config: Config) -> set[torch.dtype]:

@@ -36,23 +36,33 @@ def model_provider(config: Config, dims: ParallelDims) -> ModelProvider:
         hf_config = read_config(Path(config.model.hf))
 
         def ours(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> MegatronModule:
-            return gpt_model(hf_config, config, dims, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+            return gpt_model(
+                hf_config, config, dims, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+            )
 
         return ours
     module, colon, function = name.partition(":")
     if not colon or not module or not function:
-        raise ConfigError(f"model.provider={name!r} is not package.module:function: write for example my_package.models:model_provider")
-    sys.path.insert(0, str(Path.cwd()))  # a provider usually lies beside the user's configuration, not in an installed package
+        raise ConfigError(
+            f"model.provider={name!r} is not package.module:function: write for example my_package.models:model_provider"
+        )
+    sys.path.insert(
+        0, str(Path.cwd())
+    )  # a provider usually lies beside the user's configuration, not in an installed package
     try:
         provider: ModelProvider = getattr(importlib.import_module(module), function)
     except ImportError as error:
-        raise ConfigError(f"model.provider={name!r} cannot be imported ({error}): run from its directory, or set PYTHONPATH") from error
+        raise ConfigError(
+            f"model.provider={name!r} cannot be imported ({error}): run from its directory, or set PYTHONPATH"
+        ) from error
     except AttributeError:
         raise ConfigError(f"model.provider={name!r}: module {module} has no {function}") from None
     finally:
         sys.path.pop(0)
     if not callable(provider):
-        raise ConfigError(f"model.provider={name!r} is not a function: it is called with (pre_process, post_process, vp_stage)")
+        raise ConfigError(
+            f"model.provider={name!r} is not a function: it is called with (pre_process, post_process, vp_stage)"
+        )
     return provider
 
 
@@ -72,7 +82,9 @@ def build_model(config: Config, dims: ParallelDims) -> list[MegatronModule]:
         model.to(dims.device)
         _mark_tensor_parallel(model)
         mask_padding(model, vocab_size)
-        model.config.calculate_per_token_loss = True  # gradients are divided by the pairs (or tokens) of the global batch; DDP asks when built
+        model.config.calculate_per_token_loss = (
+            True  # gradients are divided by the pairs (or tokens) of the global batch; DDP asks when built
+        )
         return [in_precision(model, config)]
 
 
@@ -82,10 +94,16 @@ def _check_provided(model: MegatronModule, config: Config) -> None:
     for name in ("hidden_dropout", "attention_dropout"):
         value = getattr(model.config, name, 0.0)
         if value:
-            raise ConfigError(f"{where} sets {name}={value}: it must be 0, since scoring and training must be one function (Megatron has 0.1)")
-    wrong = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()} - allowed_dtypes(config)
+            raise ConfigError(
+                f"{where} sets {name}={value}: it must be 0, since scoring and training must be one function (Megatron has 0.1)"
+            )
+    wrong = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()} - allowed_dtypes(
+        config
+    )
     if wrong:
-        raise ConfigError(f"{where} made {wrong.pop()} parameters, but precision.dtype={config.precision.dtype}: make them agree")
+        raise ConfigError(
+            f"{where} made {wrong.pop()} parameters, but precision.dtype={config.precision.dtype}: make them agree"
+        )
 
 
 def _mark_tensor_parallel(model: MegatronModule) -> None:

@@ -48,7 +48,9 @@ class Geometry:
                 tied=bool(config.get("tie_word_embeddings", False)),
             )
         except KeyError as error:
-            raise CheckpointError(f"config.json has no {error.args[0]}: use the config.json that came with the model") from None
+            raise CheckpointError(
+                f"config.json has no {error.args[0]}: use the config.json that came with the model"
+            ) from None
 
 
 @dataclasses.dataclass(frozen=True)

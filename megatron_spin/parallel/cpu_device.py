@@ -44,7 +44,9 @@ def check_version() -> str:
 def refuse_untested(version: str) -> None:
     """Raises :class:`DeviceError` for a megatron-core version outside :data:`TESTED` (0.20's pre-releases are outside)."""
     if version not in TESTED:
-        raise DeviceError(f"megatron-core {version} is outside the tested range >=0.16.1,<0.20: install a version within it")
+        raise DeviceError(
+            f"megatron-core {version} is outside the tested range >=0.16.1,<0.20: install a version within it"
+        )
 
 
 def install() -> None:
@@ -58,7 +60,9 @@ def install() -> None:
         return
     check_version()
     if "megatron.core" in sys.modules:
-        raise DeviceError("megatron.core was imported before the CPU adapter: call megatron_spin.parallel.setup.choose_device first")
+        raise DeviceError(
+            "megatron.core was imported before the CPU adapter: call megatron_spin.parallel.setup.choose_device first"
+        )
     for name, replacement in _CUDA_FUNCTIONS.items():
         setattr(torch.cuda, name, replacement)
     for name in GPU_ONLY:
@@ -85,7 +89,9 @@ def megatron_region() -> Iterator[None]:
 class _CpuForCuda(TorchFunctionMode):
     """Maps ``cuda`` devices to the CPU, drops pinning, and lets CPU tensors pass for CUDA ones where Megatron compares type names."""
 
-    def __torch_function__(self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
@@ -102,7 +108,9 @@ class _CpuForCuda(TorchFunctionMode):
 
 
 def _is_cuda(device: Any) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, torch.device) and device.type == "cuda")
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
 
 
 class _Stream:
@@ -141,7 +149,9 @@ def _import_megatron_without_compiling() -> None:
     torch.compile = as_it_is  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a dozen times: Transformer Engine and Apex are not installed; announce() says it once
+            warnings.simplefilter(
+                "ignore"
+            )  # a dozen times: Transformer Engine and Apex are not installed; announce() says it once
             import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
     finally:
         torch.compile = compile_function

@@ -13,7 +13,11 @@ from megatron_spin.training.forward_step import ForwardStep
 
 
 def run_schedule(
-    forward_step: ForwardStep, model: Sequence[torch.nn.Module], microbatches: Sequence[Microbatch], *, forward_only: bool = False
+    forward_step: ForwardStep,
+    model: Sequence[torch.nn.Module],
+    microbatches: Sequence[Microbatch],
+    *,
+    forward_only: bool = False,
 ) -> list[Any]:
     """Runs this rank's ``microbatches``, forward and backward, or forward only to collect what the step's loss function returns.
 

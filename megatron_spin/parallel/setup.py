@@ -54,7 +54,9 @@ def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise DeviceError("device=cuda, but PyTorch sees no GPU: set device: cpu, or install a CUDA build of PyTorch and a driver")
+        raise DeviceError(
+            "device=cuda, but PyTorch sees no GPU: set device: cpu, or install a CUDA build of PyTorch and a driver"
+        )
     if device == "cpu" or not available:
         cpu_device.install()
         return torch.device("cpu")
@@ -62,7 +64,9 @@ def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise DeviceError(f"local rank {local_rank} has no GPU of its own, this machine has {count}: start one process a GPU")
+        raise DeviceError(
+            f"local rank {local_rank} has no GPU of its own, this machine has {count}: start one process a GPU"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -119,24 +123,38 @@ def check_layout(config: Config, hf_config: dict[str, Any], *, world_size: int) 
 def layout_errors(config: Config, hf_config: dict[str, Any], *, world_size: int) -> list[str]:
     """All reasons why the model and the batch cannot be cut over ``world_size`` processes, each with every factor; empty if they can."""
     parallel, training = config.parallel, config.training
-    tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
-    missing = [name for name in ("num_attention_heads", "num_hidden_layers", "intermediate_size") if not hf_config.get(name)]
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    missing = [
+        name for name in ("num_attention_heads", "num_hidden_layers", "intermediate_size") if not hf_config.get(name)
+    ]
     if missing:
-        return [f"the model's config.json lacks {name}: write it with transformers' save_pretrained" for name in missing]
+        return [
+            f"the model's config.json lacks {name}: write it with transformers' save_pretrained" for name in missing
+        ]
     heads, layers = hf_config["num_attention_heads"], hf_config["num_hidden_layers"]
     groups, errors = hf_config.get("num_key_value_heads") or heads, []
     for name, value in {"num_attention_heads": heads, "intermediate_size": hf_config["intermediate_size"]}.items():
         if value % tp:
-            errors.append(f"parallel.tensor_model_parallel_size={tp} does not divide the model's {name}={value}: choose a divisor")
+            errors.append(
+                f"parallel.tensor_model_parallel_size={tp} does not divide the model's {name}={value}: choose a divisor"
+            )
     if groups % tp and tp % groups:
         errors.append(
             f"parallel.tensor_model_parallel_size={tp} and the model's num_key_value_heads={groups} do not divide each other: "
             "choose a divisor or a multiple"
         )
     if layers % pp:
-        errors.append(f"parallel.pipeline_model_parallel_size={pp} does not divide the model's num_hidden_layers={layers}: choose a divisor")
+        errors.append(
+            f"parallel.pipeline_model_parallel_size={pp} does not divide the model's num_hidden_layers={layers}: choose a divisor"
+        )
     if parallel.sequence_parallel and tp == 1:
-        errors.append("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1, which is 1: set it to false")
+        errors.append(
+            "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1, which is 1: set it to false"
+        )
     replica = tp * pp * cp
     if world_size % replica:
         return [
@@ -165,7 +183,9 @@ FP8_RULES: tuple[tuple[str, tuple[int, int], tuple[int, int], tuple[int, int], t
 )
 
 
-def fp8_recipes(*, capability: tuple[int, int] | None, cuda: str | None, transformer_engine: str | None) -> tuple[str, ...]:
+def fp8_recipes(
+    *, capability: tuple[int, int] | None, cuda: str | None, transformer_engine: str | None
+) -> tuple[str, ...]:
     """Megatron's ``fp8_recipe`` values that can run: none on a CPU, without Transformer Engine or on an A100 (capability 8.0).
 
     Args:
@@ -192,7 +212,9 @@ def check_precision(config: Config, device: torch.device) -> None:
     """
     engine, fp8 = version_of("transformer-engine"), config.precision.fp8
     if config.layer_spec == "transformer_engine" and (engine is None or device.type == "cpu"):
-        raise DeviceError("layer_spec=transformer_engine needs a GPU and Transformer Engine installed: set layer_spec: auto or local")
+        raise DeviceError(
+            "layer_spec=transformer_engine needs a GPU and Transformer Engine installed: set layer_spec: auto or local"
+        )
     if fp8 is None:
         return
     if fp8 not in FP8_FORMATS:
@@ -207,7 +229,9 @@ def check_precision(config: Config, device: torch.device) -> None:
             f"Transformer Engine {engine or 'absent'}; recipes that can: {', '.join(possible) or 'none'}: set precision.fp8 to null"
         )
     if layer_spec(config, device) != "transformer_engine":
-        raise DeviceError(f"precision.fp8={fp8} needs Transformer Engine's layers: set layer_spec: transformer_engine, or precision.fp8 to null")
+        raise DeviceError(
+            f"precision.fp8={fp8} needs Transformer Engine's layers: set layer_spec: transformer_engine, or precision.fp8 to null"
+        )
 
 
 def check_config(config: Config, device: torch.device, *, world_size: int) -> None:
@@ -228,10 +252,14 @@ def layer_spec(config: Config, device: torch.device) -> Literal["local", "transf
 def announce(dims: ParallelDims, config: Config) -> str:
     """One line: device, layout, numbers, kernels and versions."""
     on_gpu = dims.device.type == "cuda"
-    device = torch.cuda.get_device_name(dims.device) if on_gpu else f"CPU ({torch.get_num_threads()} threads a rank, gloo)"
+    device = (
+        torch.cuda.get_device_name(dims.device) if on_gpu else f"CPU ({torch.get_num_threads()} threads a rank, gloo)"
+    )
     layout = f"tensor {dims.tp_size} x pipeline {dims.pp_size} x data {dims.dp_size}"
     precision = config.precision.dtype + (f" with FP8 {config.precision.fp8}" if config.precision.fp8 else "")
-    versions = ", ".join(f"{name} {version_of(name) or 'absent'}" for name in ("torch", "megatron-core", "transformer-engine", "apex"))
+    versions = ", ".join(
+        f"{name} {version_of(name) or 'absent'}" for name in ("torch", "megatron-core", "transformer-engine", "apex")
+    )
     return f"{device}; {layout}; {precision}; {_kernels(config, dims.device)}; {versions}"
 
 
@@ -246,7 +274,9 @@ def _kernels(config: Config, device: torch.device) -> str:
     if device.type == "cpu":
         hidden = [name for name in ("transformer-engine", "apex") if version_of(name)]
         return f"{layers}; torch's optimizers" + (f" ({' and '.join(hidden)} not used on a CPU)" if hidden else "")
-    fused = "Transformer Engine's" if version_of("transformer-engine") else "apex's" if version_of("apex") else "torch's"
+    fused = (
+        "Transformer Engine's" if version_of("transformer-engine") else "apex's" if version_of("apex") else "torch's"
+    )
     return f"{layers}; {fused} optimizers"
 
 

@@ -48,7 +48,9 @@ def import_model(config: Config, checkpoint: Path, *, dims: ParallelDims) -> Con
     with raised_everywhere(dims):
         hf_config = read_config(source)
         if latest_step(checkpoint):
-            raise CheckpointError(f"{checkpoint} holds a checkpoint of step {latest_step(checkpoint)}: import into another directory")
+            raise CheckpointError(
+                f"{checkpoint} holds a checkpoint of step {latest_step(checkpoint)}: import into another directory"
+            )
     model = build_model(config, dims)
     load_hf(model, source, dims)
     hasher = IdentityHasher(dtype)
@@ -60,7 +62,9 @@ def import_model(config: Config, checkpoint: Path, *, dims: ParallelDims) -> Con
         if dims.rank == 0:
             expected = identity(source, dtype)
             if hasher.hexdigest() != expected:
-                raise GateError(f"the model loaded from {source} streams back with identity {hasher.hexdigest()}, not {expected}: weights were lost")
+                raise GateError(
+                    f"the model loaded from {source} streams back with identity {hasher.hexdigest()}, not {expected}: weights were lost"
+                )
             parity = check_parity(source, probe, dtype=dtype, bound=BOUNDS[dtype], device=dims.device)
             copy_assets(source, checkpoint / ASSETS)
             set_dtype(checkpoint / ASSETS, dtype)

@@ -12,9 +12,26 @@ from megatron_spin.run.directory import RunDir
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the layout, and the config and run directory of a run whose phase this is."""
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="with torchrun: ranks a layer (default: 1)")
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="with torchrun: pipeline stages (default: 1)")
-    parser.add_argument("--config", type=Path, metavar="CONFIG", help="a run's YAML file: take model and precision from it, mark the phase done")
+    parser.add_argument(
+        "--tensor-model-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with torchrun: ranks a layer (default: 1)",
+    )
+    parser.add_argument(
+        "--pipeline-model-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with torchrun: pipeline stages (default: 1)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="CONFIG",
+        help="a run's YAML file: take model and precision from it, mark the phase done",
+    )
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="with --config: run directory (default: runs/NAME)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --config: overrides with dots")
 
@@ -27,7 +44,9 @@ def read_run(arguments: argparse.Namespace) -> tuple[Config, RunDir] | None:
     """
     if arguments.config is None:
         if arguments.run_dir is not None or arguments.overrides:
-            raise ConfigError(f"{arguments.run_dir or ' '.join(arguments.overrides)}: --run-dir and overrides need --config CONFIG")
+            raise ConfigError(
+                f"{arguments.run_dir or ' '.join(arguments.overrides)}: --run-dir and overrides need --config CONFIG"
+            )
         return None
     config = load_config(arguments.config, arguments.overrides)
     run_dir = RunDir(arguments.run_dir or Path("runs") / config.name)

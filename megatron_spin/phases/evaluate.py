@@ -37,7 +37,9 @@ def evaluate(config: Config, run_dir: RunDir, player: Player) -> dict[str, Any]:
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     rows = load_rows(run_dir.data / "eval.parquet")[: config.evaluation.num_prompts]
     if not rows:
-        raise DataError(f"{run_dir.data / 'eval.parquet'} has no rows: give evaluation.path, or raise evaluation.held_out_fraction")
+        raise DataError(
+            f"{run_dir.data / 'eval.parquet'} has no rows: give evaluation.path, or raise evaluation.held_out_fraction"
+        )
     likelihood = {name: load_rows(run_dir.data / f"likelihood_{name}.parquet") for name in config.evaluation.likelihood}
     opponent = _opponent(config, run_dir, player)
     end_token_id = read_json(run_dir.data / "manifest.json")["end_token_id"]
@@ -48,7 +50,9 @@ def evaluate(config: Config, run_dir: RunDir, player: Player) -> dict[str, Any]:
     decode = _decoder(player.hf)
     real = [Answer(row.real_ids, decode(row.real_ids), row.real_truncated) for row in rows]
     greedy_answers = [_answer(completion, decode) for completion in greedy]
-    sampled_answers = [[_answer(completion, decode) for completion in of_prompt] for of_prompt in zip(*sampled, strict=True)]
+    sampled_answers = [
+        [_answer(completion, decode) for completion in of_prompt] for of_prompt in zip(*sampled, strict=True)
+    ]
     result: dict[str, Any] = {
         "model": player.identity,
         "num_prompts": len(rows),
@@ -57,7 +61,9 @@ def evaluate(config: Config, run_dir: RunDir, player: Player) -> dict[str, Any]:
             real,
             greedy_answers,
             sampled_answers,
-            answer_pattern=re.compile(config.evaluation.answer_pattern) if config.evaluation.answer_pattern is not None else None,
+            answer_pattern=re.compile(config.evaluation.answer_pattern)
+            if config.evaluation.answer_pattern is not None
+            else None,
             patterns={name: re.compile(pattern) for name, pattern in config.evaluation.patterns.items()},
         ),
         "samples": config.evaluation.samples,
@@ -91,7 +97,9 @@ def _opponent(config: Config, run_dir: RunDir, player: Player) -> Player | None:
     return opponent
 
 
-def _opponents_answers(config: Config, run_dir: RunDir, opponent: Player, rows: Sequence[Row], end_token_id: int) -> list[list[int]] | None:
+def _opponents_answers(
+    config: Config, run_dir: RunDir, opponent: Player, rows: Sequence[Row], end_token_id: int
+) -> list[list[int]] | None:
     """What stands against the real answer of each row: a sample of the opponent, or DPO's rejected answer (None where the data have none)."""
     if config.training.objective == "spin":
         samples = held_out_answers(config, opponent, rows, end_token_id=end_token_id, only="sampled_0")["sampled_0"]
@@ -115,7 +123,12 @@ def _scores(
     more = {name: [(row.prompt_ids, row.real_ids) for row in extra] for name, extra in likelihood.items()}
     policy_logps, *others = _sequence_logps(config, player.hf, [real + generated, *more.values()], device)
     nll = nll_per_token(policy_logps[: len(rows)], [len(row.real_ids) for row in rows])
-    result: dict[str, Any] = {"nll_per_token": nll.value, "nll_per_token_error": nll.error, "opponent_accuracy": None, "likelihood": {}}
+    result: dict[str, Any] = {
+        "nll_per_token": nll.value,
+        "nll_per_token_error": nll.error,
+        "opponent_accuracy": None,
+        "likelihood": {},
+    }
     for (name, sequences), own in zip(more.items(), others, strict=True):
         of_file = nll_per_token(own, [len(answer) for _, answer in sequences])
         result["likelihood"][name] = {"nll_per_token": of_file.value, "nll_per_token_error": of_file.error}
@@ -123,21 +136,33 @@ def _scores(
         (opponent_logps,) = _sequence_logps(config, opponent.hf, [real + generated], device)
         beta: float = at_iteration(config.spin.beta, player.target.iteration)
         count = len(rows)
-        won = margins(policy_logps[:count], opponent_logps[:count], policy_logps[count:], opponent_logps[count:], beta=beta)
+        won = margins(
+            policy_logps[:count], opponent_logps[:count], policy_logps[count:], opponent_logps[count:], beta=beta
+        )
         equal = [list(row.real_ids) == list(answer) for row, answer in zip(rows, lost, strict=True)]
-        won = [0.0 if same else item for same, item in zip(equal, won, strict=True)]  # rounding must not decide who wins a tie
+        won = [
+            0.0 if same else item for same, item in zip(equal, won, strict=True)
+        ]  # rounding must not decide who wins a tie
         accuracy, margin = mean([item > 0 for item in won]), mean(won)
-        result |= {"opponent": opponent.identity, "opponent_accuracy": accuracy.value, "opponent_accuracy_error": accuracy.error}
+        result |= {
+            "opponent": opponent.identity,
+            "opponent_accuracy": accuracy.value,
+            "opponent_accuracy_error": accuracy.error,
+        }
         result |= {"opponent_ties": mean(equal).value}
         result |= {"opponent_margin": margin.value, "opponent_margin_error": margin.error}
     return result
 
 
-def _sequence_logps(config: Config, hf: Path, passes: Sequence[list[tuple[list[int], list[int]]]], device: torch.device) -> list[list[float]]:
+def _sequence_logps(
+    config: Config, hf: Path, passes: Sequence[list[tuple[list[int], list[int]]]], device: torch.device
+) -> list[list[float]]:
     """Summed log-prob of each response of each pass under the model in ``hf``, which is gone from memory afterwards."""
     model = load_model(hf, dtype=config.precision.export_dtype, device=device)
     sums = []
-    for sequences in passes:  # each batched by itself: the same sequences make the same batches, whatever else is measured
+    for (
+        sequences
+    ) in passes:  # each batched by itself: the same sequences make the same batches, whatever else is measured
         logps = hf_token_logps(model, sequences, batch_size=config.evaluation.batch_size, device=device)
         sums.append([float(item.double().sum()) for item in logps])
     del model
@@ -157,5 +182,7 @@ def _decoder(hf: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{hf} has no tokenizer that transformers can load ({error}): copy the tokenizer files there") from None
+        raise CheckpointError(
+            f"{hf} has no tokenizer that transformers can load ({error}): copy the tokenizer files there"
+        ) from None
     return lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True)

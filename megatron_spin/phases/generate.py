@@ -32,7 +32,12 @@ class Sampling:
 
     @classmethod
     def of(cls, config: Config, iteration: int) -> "Sampling":
-        return cls(**{field.name: at_iteration(getattr(config.generation, field.name), iteration) for field in dataclasses.fields(cls)})
+        return cls(
+            **{
+                field.name: at_iteration(getattr(config.generation, field.name), iteration)
+                for field in dataclasses.fields(cls)
+            }
+        )
 
 
 def generate_iteration(config: Config, run_dir: RunDir, iteration: int) -> dict[str, Any]:
@@ -60,7 +65,9 @@ def generate_iteration(config: Config, run_dir: RunDir, iteration: int) -> dict[
     }
     target = run_dir.target(iteration=iteration)
     store = ShardStore(target.generated, Origin(opponent, data, iteration, settings))
-    rows = [dataclasses.replace(row, real_ids=row.real_ids[: sampling.max_new_tokens]) for row in rows]  # capped as the generated ones are
+    rows = [
+        dataclasses.replace(row, real_ids=row.real_ids[: sampling.max_new_tokens]) for row in rows
+    ]  # capped as the generated ones are
     rows = rows * sampling.samples  # all prompts once, then again
     shards = plan_shards(rows, shard_size=sampling.shard_size, seed=sampling.seed, iteration=iteration)
     store.clean()
@@ -90,7 +97,9 @@ def _rows(run_dir: RunDir) -> tuple[list[Row], str]:
     manifest = read_json(run_dir.data / "manifest.json")
     rows = load_rows(run_dir.data / "train.parquet")
     if hash_rows(rows) != manifest["identity"]:
-        raise RunDirError(f"{run_dir.data / 'train.parquet'} is not what its manifest.json says: use a new --run-dir and prepare again")
+        raise RunDirError(
+            f"{run_dir.data / 'train.parquet'} is not what its manifest.json says: use a new --run-dir and prepare again"
+        )
     return rows, manifest["identity"]
 
 
@@ -98,7 +107,9 @@ def _opponent(config: Config, run_dir: RunDir, iteration: int) -> str:
     """Identity of the opponent, which must be what the previous iteration exported."""
     hf = run_dir.opponent_hf(config, iteration)
     if iteration > 0 and not hf.is_dir():
-        raise RunDirError(f"{hf} does not exist: iteration {iteration - 1} must be trained and exported first; run tools/spin.sh")
+        raise RunDirError(
+            f"{hf} does not exist: iteration {iteration - 1} must be trained and exported first; run tools/spin.sh"
+        )
     found = identity(hf, config.precision.export_dtype)
     phases = read_json(run_dir.state)["phases"] if run_dir.state.exists() else {}
     exported = phases.get(f"export:{iteration - 1}", {}).get("identity")
@@ -110,7 +121,9 @@ def _opponent(config: Config, run_dir: RunDir, iteration: int) -> str:
     return found
 
 
-def _generate(config: Config, run_dir: RunDir, iteration: int, store: ShardStore, missing: list[Shard], *, total: int) -> tuple[int, float]:
+def _generate(
+    config: Config, run_dir: RunDir, iteration: int, store: ShardStore, missing: list[Shard], *, total: int
+) -> tuple[int, float]:
     """Generates and writes each shard of ``missing`` of ``total`` prompts; returns tokens and seconds, the engine's start not counted."""
     sampling: dict[str, Any] = store.origin.settings
     target = run_dir.target(iteration=iteration)
@@ -129,7 +142,10 @@ def _generate(config: Config, run_dir: RunDir, iteration: int, store: ShardStore
     done = total - sum(len(shard.rows) for shard in missing)
     tokens = 0
     print(f"starting {settings.engine} on {settings.hf_dir}", flush=True)
-    with open_session(settings) as session, tqdm(total=total, initial=done, desc=f"generate {iteration}", unit="prompt") as bar:
+    with (
+        open_session(settings) as session,
+        tqdm(total=total, initial=done, desc=f"generate {iteration}", unit="prompt") as bar,
+    ):
         started = time.monotonic()
 
         def progress(prompts: int, new_tokens: int) -> None:

@@ -35,7 +35,9 @@ def guard(config: Config, run_dir: RunDir, iteration: int) -> None:
     came_to = outcome(verdicts)
     _say(verdicts, run_dir, iteration)
     with run_dir.changing_state() as state:
-        state["phases"].pop(f"guard:{iteration}", None)  # from other settings: an old judgement must not stand for the new one
+        state["phases"].pop(
+            f"guard:{iteration}", None
+        )  # from other settings: an old judgement must not stand for the new one
         if state.get("guards", {}).get(str(iteration), {}).get("outcome") == "rollback":  # nor what it came to
             state.pop("result", None)
             if iteration:
@@ -53,7 +55,9 @@ def guard(config: Config, run_dir: RunDir, iteration: int) -> None:
     if came_to == "stop":
         keys = " and ".join(f"guards.{verdict.guard}.action=warn" for verdict in tripped)
         lines = " | ".join(f"guard {verdict.guard}: {verdict.line}" for verdict in tripped)
-        raise GuardError(f"iteration {iteration} was stopped by {lines}. To go on as it is: {keys}, or another threshold")
+        raise GuardError(
+            f"iteration {iteration} was stopped by {lines}. To go on as it is: {keys}, or another threshold"
+        )
     run_dir.mark_done(f"guard:{iteration}", seconds=time.monotonic() - started, outcome=came_to)
     if came_to == "rollback":
         for verdict in tripped:
@@ -65,7 +69,9 @@ def settled(config: Config, run_dir: RunDir, iteration: int) -> bool:
     """Whether the guards have judged ``iteration`` and the judgement stands."""
     if not run_dir.is_done(f"guard:{iteration}"):
         return False
-    return any(run_dir.is_done(f"{end}:{iteration}") for end in ENDS) or _record(run_dir, iteration).get("settings") == _settings(config)
+    return any(run_dir.is_done(f"{end}:{iteration}") for end in ENDS) or _record(run_dir, iteration).get(
+        "settings"
+    ) == _settings(config)
 
 
 def rolled_back(config: Config, run_dir: RunDir) -> int | None:
@@ -87,7 +93,11 @@ def result(config: Config, run_dir: RunDir, iteration: int | None, why: str) -> 
     hf = run_dir.opponent_hf(config, 0 if iteration is None else iteration + 1)
     # Not resolved: whether a model goes along when the run directory is moved or copied is a matter of names, not of where links lead.
     named, root = Path(os.path.abspath(hf)), os.path.abspath(run_dir.root)
-    return {"hf": str(named.relative_to(root) if named.is_relative_to(root) else hf.resolve()), "iteration": iteration, "why": why}
+    return {
+        "hf": str(named.relative_to(root) if named.is_relative_to(root) else hf.resolve()),
+        "iteration": iteration,
+        "why": why,
+    }
 
 
 def result_hf(run_dir: RunDir) -> Path:
@@ -122,7 +132,9 @@ def _measures(config: Config, run_dir: RunDir, iteration: int) -> Measures:
     evaluates = has_evaluation(config)
     for phase in ("train", "export", *(["evaluate"] if evaluates else [])):
         if not run_dir.is_done(f"{phase}:{iteration}"):
-            raise RunDirError(f"guard:{iteration} must wait for {phase}:{iteration}: run tools/spin.sh, which runs all phases in order")
+            raise RunDirError(
+                f"guard:{iteration} must wait for {phase}:{iteration}: run tools/spin.sh, which runs all phases in order"
+            )
     target = run_dir.target(iteration=iteration)
     opponent = run_dir.target(iteration=iteration - 1) if iteration else run_dir.target(baseline="sft")
     return Measures(
@@ -145,7 +157,9 @@ def _say(verdicts: list[Verdict], run_dir: RunDir, iteration: int) -> None:
     for verdict in verdicts:
         if verdict.tripped is None:
             unseen.setdefault(verdict.said, []).append(verdict.guard)
-    before = {entry["said"] for entry in _record(run_dir, iteration - 1).get("verdicts", []) if entry["tripped"] is None}
+    before = {
+        entry["said"] for entry in _record(run_dir, iteration - 1).get("verdicts", []) if entry["tripped"] is None
+    }
     for why in unseen.keys() - before:
         print(f"warning: guards {', '.join(unseen[why])} could not look: {why}", file=sys.stderr)
 

@@ -15,7 +15,14 @@ from megatron_spin.config import Config, DataConfig, Truncated, at_iteration
 from megatron_spin.data.pairs import BuiltPairs, build_pairs
 from megatron_spin.data.reading import Rejected, Sample, read_samples
 from megatron_spin.data.rows import REJECTED, Row, hash_rows, save_rows
-from megatron_spin.data.templates import answer_ids, end_token_id, ends_inside, load_tokenizer, prompt_ids, tokenizer_sha
+from megatron_spin.data.templates import (
+    answer_ids,
+    end_token_id,
+    ends_inside,
+    load_tokenizer,
+    prompt_ids,
+    tokenizer_sha,
+)
 from megatron_spin.errors import CheckpointError, ConfigError, DataError
 from megatron_spin.io import write_json
 
@@ -116,7 +123,10 @@ def prepare(config: Config) -> Prepared:
     drawn = _draw(rows, config.data.num_prompts, config.data.seed)
     evaluated = _draw(held, config.evaluation.num_prompts, config.evaluation.seed)
     _check_some(config, train, drawn, held)
-    likelihood = {name: _likelihood_rows(name, Path(file), tokenizer, config, held_limits) for name, file in config.evaluation.likelihood.items()}
+    likelihood = {
+        name: _likelihood_rows(name, Path(file), tokenizer, config, held_limits)
+        for name, file in config.evaluation.likelihood.items()
+    }
     pairs = _pairs(drawn, train.rejected, at_iteration(config.generation.truncated, 0)) if dpo else None
     rejected = [source.rejected[row.index] for row in evaluated] if source.rejected else []
 
@@ -156,46 +166,76 @@ def describe(manifest: dict[str, Any], config: Config) -> str:
     lines += [(f"  dropped: {_reason(reason, config)}", count) for reason, count in counts["dropped"].items()]
     lines += [("  held out for evaluation", counts["held_out"])] if counts["held_out"] else []
     usable = counts["read"] - sum(counts["dropped"].values()) - counts["held_out"]
-    lines += [(f"  not drawn (data.num_prompts={config.data.num_prompts})", usable - counts["kept"])] if usable > counts["kept"] else []
+    lines += (
+        [(f"  not drawn (data.num_prompts={config.data.num_prompts})", usable - counts["kept"])]
+        if usable > counts["kept"]
+        else []
+    )
     lines += [("prompts to train on", counts["kept"])]
     lines += [(f"  {part} tokens", count) for part, count in counts["tokens"].items()]
-    lines += [("usable rows whose answer was cut", counts["capped"]), ("usable rows whose prompt came before", counts["duplicates"])]
+    lines += [
+        ("usable rows whose answer was cut", counts["capped"]),
+        ("usable rows whose prompt came before", counts["duplicates"]),
+    ]
     if "pairs" in counts:
-        lines += [("rejected answers that were cut", counts["pairs"]["truncated"]), ("pairs of equal answers", counts["pairs"]["identical"])]
-        lines += [("pairs left out (generation.truncated=drop)", counts["pairs"]["dropped"])] if counts["pairs"]["dropped"] else []
+        lines += [
+            ("rejected answers that were cut", counts["pairs"]["truncated"]),
+            ("pairs of equal answers", counts["pairs"]["identical"]),
+        ]
+        lines += (
+            [("pairs left out (generation.truncated=drop)", counts["pairs"]["dropped"])]
+            if counts["pairs"]["dropped"]
+            else []
+        )
     if "read" in evaluation:
         lines += [("evaluation rows read", evaluation["read"])]
         lines += [(f"  dropped: {_reason(reason, config)}", count) for reason, count in evaluation["dropped"].items()]
     lines += [("prompts to evaluate on", evaluation["kept"])]
-    lines += [("  of these with a rejected answer", evaluation["with_rejected"])] if "with_rejected" in evaluation else []
-    lines += [("  of these also trained on", evaluation["prompts_also_trained_on"])] if evaluation["prompts_also_trained_on"] else []
+    lines += (
+        [("  of these with a rejected answer", evaluation["with_rejected"])] if "with_rejected" in evaluation else []
+    )
+    lines += (
+        [("  of these also trained on", evaluation["prompts_also_trained_on"])]
+        if evaluation["prompts_also_trained_on"]
+        else []
+    )
     lines += [(f"answers of {name} for their NLL alone", part["kept"]) for name, part in manifest["likelihood"].items()]
     width = max(len(text) for text, _ in lines)
     return "\n".join(f"{text:<{width}}  {count:>12,}" for text, count in lines)
 
 
 def _reason(reason: str, config: Config) -> str:
-    return DROPPED[reason].format(prompt_limit=config.data.prompt_limit, max_answer_length=config.data.max_answer_length)
+    return DROPPED[reason].format(
+        prompt_limit=config.data.prompt_limit, max_answer_length=config.data.max_answer_length
+    )
 
 
 def _limits(config: Config, hf: Path) -> "tuple[PreTrainedTokenizerBase, Limits]":
     """The model's tokenizer and what its config allows."""
     model = _model_json(hf, "config.json")
     if model is None:
-        raise CheckpointError(f"model.hf={hf} holds no config.json: give the directory of a Hugging Face model (it is not downloaded)")
+        raise CheckpointError(
+            f"model.hf={hf} holds no config.json: give the directory of a Hugging Face model (it is not downloaded)"
+        )
     tokenizer = load_tokenizer(hf)
     end = end_token_id(tokenizer, config.data.end_token)
     _check_end(model, _model_json(hf, "generation_config.json"), tokenizer, end, hf)
     vocabulary = int(model["vocab_size"])
     if end >= vocabulary:
-        raise DataError(f"the end token's id {end} is not below the model's vocab_size={vocabulary}: {hf} holds another model's tokenizer")
+        raise DataError(
+            f"the end token's id {end} is not below the model's vocab_size={vocabulary}: {hf} holds another model's tokenizer"
+        )
     positions = model.get("max_position_embeddings")
     if positions is not None and config.data.max_length > positions:
-        raise ConfigError(f"data.max_length={config.data.max_length} exceeds the model's max_position_embeddings={positions}: lower it")
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} exceeds the model's max_position_embeddings={positions}: lower it"
+        )
     data = config.data
     lengths = config.generation.max_new_tokens  # the longest of all iterations; each generation caps its own pairs
     answer = max(lengths) if isinstance(lengths, list) else lengths
-    return tokenizer, Limits(end=end, vocabulary=vocabulary, prompt=data.prompt_limit, answer=answer, total=data.max_length)
+    return tokenizer, Limits(
+        end=end, vocabulary=vocabulary, prompt=data.prompt_limit, answer=answer, total=data.max_length
+    )
 
 
 def _model_json(hf: Path, name: str) -> dict[str, Any] | None:
@@ -211,7 +251,9 @@ def _model_json(hf: Path, name: str) -> dict[str, Any] | None:
     return value
 
 
-def _check_end(model: dict[str, Any], generation: dict[str, Any] | None, tokenizer: "PreTrainedTokenizerBase", end: int, hf: Path) -> None:
+def _check_end(
+    model: dict[str, Any], generation: dict[str, Any] | None, tokenizer: "PreTrainedTokenizerBase", end: int, hf: Path
+) -> None:
     """The token that real answers end with must be one that stops the model's generation, here and wherever the export is used."""
     source = "generation_config.json" if generation and generation.get("eos_token_id") is not None else "config.json"
     stops = (generation or {}).get("eos_token_id") if source == "generation_config.json" else model.get("eos_token_id")
@@ -241,7 +283,14 @@ def _pairs(rows: Sequence[Row], rejected: dict[int, Row], truncated: Truncated) 
     return build_pairs(given, iteration=0, truncated=truncated)
 
 
-def _tokenize(path: Path, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: Limits, *, rejected: Rejected = "ignored") -> Tokenized:
+def _tokenize(
+    path: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: DataConfig,
+    limits: Limits,
+    *,
+    rejected: Rejected = "ignored",
+) -> Tokenized:
     """The usable rows of ``path``; for ``rejected`` see :func:`read_samples`."""
     samples = read_samples(path, rejected=rejected)
     dropped = collections.Counter(samples.dropped)
@@ -253,7 +302,11 @@ def _tokenize(path: Path, tokenizer: "PreTrainedTokenizerBase", data: DataConfig
     for sample in tqdm(samples.rows, desc=f"tokenize {path.name}", unit="row"):
         where = f"{path} row {sample.index}"
         row = _row(sample, sample.answer, tokenizer, data, limits, where)
-        lost = _row(sample, sample.rejected, tokenizer, data, limits, where) if rejected != "ignored" and sample.rejected is not None else None
+        lost = (
+            _row(sample, sample.rejected, tokenizer, data, limits, where)
+            if rejected != "ignored" and sample.rejected is not None
+            else None
+        )
         if isinstance(row, str) or isinstance(lost, str):
             dropped[row if isinstance(row, str) else str(lost)] += 1
             continue
@@ -270,7 +323,9 @@ def _tokenize(path: Path, tokenizer: "PreTrainedTokenizerBase", data: DataConfig
     return Tokenized(rows, lost_rows, counts)
 
 
-def _row(sample: Sample, text: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: Limits, where: str) -> Row | str:
+def _row(
+    sample: Sample, text: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: Limits, where: str
+) -> Row | str:
     """The prompt of ``sample`` with the answer ``text``, tokenized, or the reason for dropping the row."""
     prompt = prompt_ids(tokenizer, data.template, sample.prompt, sample.system)
     answer = answer_ids(tokenizer, text, limits.end)
@@ -301,10 +356,14 @@ def _split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], 
     if fraction > 0 and not count and len(prompts) > 1:
         count = 1
     chosen = set(random.Random(f"held-out {seed}").sample(prompts, count))
-    return [row for row in rows if tuple(row.prompt_ids) not in chosen], [row for row in rows if tuple(row.prompt_ids) in chosen]
+    return [row for row in rows if tuple(row.prompt_ids) not in chosen], [
+        row for row in rows if tuple(row.prompt_ids) in chosen
+    ]
 
 
-def _likelihood_rows(name: str, path: Path, tokenizer: "PreTrainedTokenizerBase", config: Config, limits: Limits) -> list[Row]:
+def _likelihood_rows(
+    name: str, path: Path, tokenizer: "PreTrainedTokenizerBase", config: Config, limits: Limits
+) -> list[Row]:
     rows = _tokenize(path, tokenizer, config.data, limits).rows
     if not rows:
         raise DataError(f"evaluation.likelihood.{name}={path} has no usable row: check the data, or leave the file out")
@@ -322,9 +381,13 @@ def _check_some(config: Config, train: Tokenized, drawn: Sequence[Row], held: Se
     reasons = ", ".join(f"{count} {_reason(reason, config)}" for reason, count in train.counts["dropped"].items())
     if not drawn:
         read = train.counts["read"]
-        raise DataError(f"{config.data.path}: none of {read} rows is left to train on ({reasons or 'all held out'}): check the data")
+        raise DataError(
+            f"{config.data.path}: none of {read} rows is left to train on ({reasons or 'all held out'}): check the data"
+        )
     if config.evaluation.path is not None and not held:
-        raise DataError(f"evaluation.path={config.evaluation.path} has no usable row: check the data, or set it to null")
+        raise DataError(
+            f"evaluation.path={config.evaluation.path} has no usable row: check the data, or set it to null"
+        )
 
 
 def _overlap(train: Iterable[Row], evaluation: Iterable[Row]) -> int:

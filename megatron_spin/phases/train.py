@@ -57,7 +57,9 @@ def read_inputs(config: Config, run_dir: RunDir, target: Target) -> Inputs:
         DataError: too few examples for one batch.
     """
     if target.baseline is not None and target.baseline not in config.baselines:
-        raise RunDirError(f"baseline {target.baseline!r} is not in the config: it has {', '.join(config.baselines) or 'none'} (sft is not trained)")
+        raise RunDirError(
+            f"baseline {target.baseline!r} is not in the config: it has {', '.join(config.baselines) or 'none'} (sft is not trained)"
+        )
     if target.iteration is not None and not 0 <= target.iteration < config.iterations:
         raise RunDirError(f"iteration {target.iteration} is not in 0..{config.iterations - 1}: raise spin.iterations")
     iteration = target.iteration or 0
@@ -68,21 +70,37 @@ def read_inputs(config: Config, run_dir: RunDir, target: Target) -> Inputs:
         baseline = config.baselines[target.baseline] if target.baseline is not None else None
         peak = at_iteration(training.learning_rate, iteration)
         if baseline is None:
-            return Inputs(examples, schedule(total=total_steps(config, iteration, len(examples)), peak=peak), None, None)
+            return Inputs(
+                examples, schedule(total=total_steps(config, iteration, len(examples)), peak=peak), None, None
+            )
         steps = baseline.steps if isinstance(baseline.steps, int) else _spin_steps(config, run_dir)
         total = 2 * steps if baseline.steps == "same_sequences" else steps
-        return Inputs(examples, schedule(total=total, peak=peak if baseline.learning_rate is None else baseline.learning_rate), None, None)
+        return Inputs(
+            examples,
+            schedule(total=total, peak=peak if baseline.learning_rate is None else baseline.learning_rate),
+            None,
+            None,
+        )
     pairs, manifest = load_pairs(target.pairs)
     opponent = identity(run_dir.opponent_hf(config, iteration), config.precision.export_dtype)
     if manifest["opponent"] != opponent:
-        again = f"delete {target.generated} and {target.pairs} and generate again" if training.objective == "spin" else "use a new --run-dir"
+        again = (
+            f"delete {target.generated} and {target.pairs} and generate again"
+            if training.objective == "spin"
+            else "use a new --run-dir"
+        )
         raise GateError(
             f"{target.pairs} was made for opponent {manifest['opponent'][:12]}, but {run_dir.opponent_hf(config, iteration)} is "
             f"{opponent[:12]}: restore that model, or {again}"
         )
     examples = [Example(pair.prompt_ids, (pair.real_ids, pair.generated_ids)) for pair in pairs]
     total = total_steps(config, iteration, len(examples))
-    return Inputs(examples, schedule(total=total, peak=at_iteration(training.learning_rate, iteration)), opponent, manifest["identity"])
+    return Inputs(
+        examples,
+        schedule(total=total, peak=at_iteration(training.learning_rate, iteration)),
+        opponent,
+        manifest["identity"],
+    )
 
 
 def total_steps(config: Config, iteration: int, num_examples: int) -> int:
@@ -119,7 +137,12 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
     gate = None
     if inputs.opponent is not None:
         gate = _score(config, run_dir, target, inputs, trainer, resumed=done > 0, say=say)
-    state = {"opponent": inputs.opponent, "pairs": inputs.pairs, "total": trainer.schedule.total, "peak": trainer.schedule.peak}
+    state = {
+        "opponent": inputs.opponent,
+        "pairs": inputs.pairs,
+        "total": trainer.schedule.total,
+        "peak": trainer.schedule.peak,
+    }
     if done:
         loaded = load_checkpoint(target.checkpoints, trainer.model, dims=dims, optimizer=trainer.optimizer)
         _check_same_training(target, state, loaded)
@@ -128,14 +151,24 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
         copy_assets(source / "hf", target.checkpoints / "hf")
 
     label = f"train {target.label}"
-    with MetricsWriter(target.metrics, target.tensorboard, step=done, total=trainer.schedule.total, label=label, enabled=dims.rank == 0) as writer:
+    with MetricsWriter(
+        target.metrics, target.tensorboard, step=done, total=trainer.schedule.total, label=label, enabled=dims.rank == 0
+    ) as writer:
         every, keep = config.training.checkpoint_every, config.training.keep_checkpoints
         trainer.run(writer, checkpoints=target.checkpoints, done=done, every=every, keep=keep, state=state, gate=gate)
     _write_probe(target, trainer)
     if dims.rank == 0:
         seconds = time.perf_counter() - started
-        iterations = {} if target.baseline is None else {"iterations": played(config, run_dir)}  # of whose steps a baseline has as many
-        run_dir.mark_done(f"train:{target.label}", seconds=seconds, steps=trainer.schedule.total, examples=len(inputs.examples), **iterations)
+        iterations = (
+            {} if target.baseline is None else {"iterations": played(config, run_dir)}
+        )  # of whose steps a baseline has as many
+        run_dir.mark_done(
+            f"train:{target.label}",
+            seconds=seconds,
+            steps=trainer.schedule.total,
+            examples=len(inputs.examples),
+            **iterations,
+        )
 
 
 def _check_same_training(target: Target, now: dict[str, Any], then: dict[str, Any]) -> None:
@@ -152,8 +185,12 @@ def _trainer(config: Config, inputs: Inputs, dims: ParallelDims) -> Trainer:
     training = config.training
     sampler = BatchSampler(len(inputs.examples), training.global_batch_size, training.seed)
     multiple = 8 * (dims.tp_size if config.parallel.sequence_parallel else 1)
-    shape = BatchShape(training.global_batch_size, training.micro_batch_size, sequence_length(inputs.examples, multiple))
-    model, optimizer = wrap_and_optimize(build_model(config, dims), config, dims=dims, learning_rate=inputs.schedule.peak)
+    shape = BatchShape(
+        training.global_batch_size, training.micro_batch_size, sequence_length(inputs.examples, multiple)
+    )
+    model, optimizer = wrap_and_optimize(
+        build_model(config, dims), config, dims=dims, learning_rate=inputs.schedule.peak
+    )
     return Trainer(model, optimizer, sft_forward_step(), inputs.examples, None, sampler, shape, inputs.schedule, dims)
 
 
@@ -161,12 +198,16 @@ def _describe(inputs: Inputs, trainer: Trainer, say: Callable[[str], None]) -> N
     unit = "pairs" if inputs.opponent is not None else "sequences"
     dropped = trainer.sampler.dropped_per_epoch
     note = f"; {dropped} {unit} an epoch fill no whole batch and are dropped, others each epoch" if dropped else ""
-    say(f"{len(inputs.examples)} {unit}, {trainer.schedule.total} steps of {trainer.shape.global_batch_size}, {trainer.shape.length} positions{note}")
+    say(
+        f"{len(inputs.examples)} {unit}, {trainer.schedule.total} steps of {trainer.shape.global_batch_size}, {trainer.shape.length} positions{note}"
+    )
 
 
 def _begin(config: Config, trainer: Trainer, source: Path, *, first: bool) -> None:
     """Loads the weights an iteration starts from: fp32 main weights unrounded, moments and schedule fresh."""
-    if first or config.precision.dtype == "fp32":  # an imported checkpoint has no main weights; fp32 weights are their own
+    if (
+        first or config.precision.dtype == "fp32"
+    ):  # an imported checkpoint has no main weights; fp32 weights are their own
         load_checkpoint(source, trainer.model, dims=trainer.dims)
         trainer.optimizer.reload_model_params()
     else:
@@ -175,7 +216,14 @@ def _begin(config: Config, trainer: Trainer, source: Path, *, first: bool) -> No
 
 
 def _score(
-    config: Config, run_dir: RunDir, target: Target, inputs: Inputs, trainer: Trainer, *, resumed: bool, say: Callable[[str], None]
+    config: Config,
+    run_dir: RunDir,
+    target: Target,
+    inputs: Inputs,
+    trainer: Trainer,
+    *,
+    resumed: bool,
+    say: Callable[[str], None],
 ) -> Callable[[float], None] | None:
     """Gives the trainer its scores and the SPIN step; returns the check of the first loss, where the policy is the opponent."""
     assert target.iteration is not None and inputs.opponent is not None
@@ -183,10 +231,14 @@ def _score(
     same = precision.export_dtype == precision.dtype
     if not resumed:
         _check_policy_is_opponent(config, inputs, trainer)
-    cache = ScoreCache(target.pairs, {"opponent": inputs.opponent, "pairs": inputs.pairs, "numerics": _numerics(config, trainer)})
+    cache = ScoreCache(
+        target.pairs, {"opponent": inputs.opponent, "pairs": inputs.pairs, "numerics": _numerics(config, trainer)}
+    )
     scores = cache.load()
     if scores is None:
-        if resumed or not same:  # the model does not hold the opponent's weights now: load them, the caller loads the policy again
+        if (
+            resumed or not same
+        ):  # the model does not hold the opponent's weights now: load them, the caller loads the policy again
             load_hf(trainer.model, run_dir.opponent_hf(config, target.iteration), dims, through=precision.export_dtype)
         everything = np.arange(len(inputs.examples))
         scores = score(trainer.model, inputs.examples, everything, shape=trainer.shape, dims=dims, progress=True)
@@ -203,10 +255,16 @@ def _score(
     if resumed:
         return None
     if not same:
-        say(f"the opponent was exported in {precision.export_dtype} and the policy computes in {precision.dtype}: the first loss need not be loss(0)")
+        say(
+            f"the opponent was exported in {precision.export_dtype} and the policy computes in {precision.dtype}: the first loss need not be loss(0)"
+        )
         return None
-    gate = check_scores(scores, trainer.model, trainer.examples, trainer.sampler.batch(0), shape=trainer.shape, dims=dims)
-    say(f"opponent scores agree with the policy at step 0 within {gate.difference:.1e} nats (allowed {gate.tolerance:.1e})")
+    gate = check_scores(
+        scores, trainer.model, trainer.examples, trainer.sampler.batch(0), shape=trainer.shape, dims=dims
+    )
+    say(
+        f"opponent scores agree with the policy at step 0 within {gate.difference:.1e} nats (allowed {gate.tolerance:.1e})"
+    )
     return functools.partial(gate.check_first_loss, beta=beta, loss=loss, sft_weight=sft_weight)
 
 
@@ -225,7 +283,9 @@ def _numerics(config: Config, trainer: Trainer) -> dict[str, Any]:
 
 def _check_policy_is_opponent(config: Config, inputs: Inputs, trainer: Trainer) -> None:
     hasher = IdentityHasher(config.precision.export_dtype)
-    for name, tensor in stream_hf(trainer.model, read_config(Path(config.model.hf)), trainer.dims, config.precision.export_dtype):
+    for name, tensor in stream_hf(
+        trainer.model, read_config(Path(config.model.hf)), trainer.dims, config.precision.export_dtype
+    ):
         hasher.add(name, tensor)
     with raised_everywhere(trainer.dims):
         if trainer.dims.rank == 0 and hasher.hexdigest() != inputs.opponent:
@@ -237,7 +297,11 @@ def _check_policy_is_opponent(config: Config, inputs: Inputs, trainer: Trainer) 
 
 def _write_probe(target: Target, trainer: Trainer) -> None:
     """Keeps the trainer's token log-probs of a few sequences beside the checkpoint, for the export gate to compare; a collective."""
-    sequences = [(example.prompt_ids, response) for example in trainer.examples[:PROBE_EXAMPLES] for response in example.responses]
+    sequences = [
+        (example.prompt_ids, response)
+        for example in trainer.examples[:PROBE_EXAMPLES]
+        for response in example.responses
+    ]
     probe = megatron_probe(trainer.model, sequences, dims=trainer.dims)
     if trainer.dims.rank == 0:
         probe.save(target.checkpoints / PROBE_FILE)

@@ -65,18 +65,24 @@ def lines(result: Probe) -> list[tuple[str, str, str]]:
     ]
     if length.value is not None and length.error is not None:
         rows.append(("difference of lengths, pair by pair", f"{length.value:+.1f} ± {length.error:.1f}", ""))
-    return rows + [(f"answers with “{phrase.text}”", f"{phrase.real:.1%}", f"{phrase.generated:.1%}") for phrase in found.phrases]
+    return rows + [
+        (f"answers with “{phrase.text}”", f"{phrase.real:.1%}", f"{phrase.generated:.1%}") for phrase in found.phrases
+    ]
 
 
 def verdict(result: Probe) -> list[str]:
     """Plain sentences about what was measured. They are no promise: see docs/when-self-play-helps.md."""
     found = result.differences
-    said = [f"{found.identical:.1%} of the generated answers equal the real one, token for token: nothing is learned from those."]
+    said = [
+        f"{found.identical:.1%} of the generated answers equal the real one, token for token: nothing is learned from those."
+    ]
     if result.accuracy is None or result.accuracy_error is None:
         return [*said, "No held-out pair has two different answers: there is nothing to learn."]
     accuracy = f"After {result.steps} steps the policy wins {result.accuracy:.1%} ± {result.accuracy_error:.1%} of the held-out pairs that differ"
     if result.accuracy - 2 * result.accuracy_error <= 0.5:
-        said.append(f"{accuracy}: no better than chance, so it has found no difference that carries over to other prompts.")
+        said.append(
+            f"{accuracy}: no better than chance, so it has found no difference that carries over to other prompts."
+        )
     else:
         said.append(f"{accuracy}: there is a difference that carries over to other prompts.")
     if found.phrases:

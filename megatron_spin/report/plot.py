@@ -32,7 +32,9 @@ def plot(results: Results, path: Path) -> None:
     rows = [row for row in (curves, measured) if row]
     with pyplot.rc_context(STYLE):
         width = max(len(row) for row in rows)
-        figure, axes = pyplot.subplots(len(rows), width, figsize=(4.0 * width, 3.1 * len(rows)), squeeze=False, layout="constrained")
+        figure, axes = pyplot.subplots(
+            len(rows), width, figsize=(4.0 * width, 3.1 * len(rows)), squeeze=False, layout="constrained"
+        )
         for line, panels in zip(axes, rows, strict=True):
             for place, panel in zip(line, panels, strict=False):
                 panel(place, results)
@@ -123,7 +125,11 @@ def _accuracy(place: Any, results: Results) -> None:
 def _rewards(place: Any, results: Results) -> None:
     _curve(place, results, "real_reward", color=SPIN, label="real answers")
     _curve(
-        place, results, "generated_reward", color=WARM, label="the opponent's" if results.config.training.objective == "spin" else "rejected answers"
+        place,
+        results,
+        "generated_reward",
+        color=WARM,
+        label="the opponent's" if results.config.training.objective == "spin" else "rejected answers",
     )
     place.axhline(0, color=FAINT, linewidth=0.9, linestyle=":")
     place.set_title("reward: β x log-ratio to the opponent")
@@ -157,7 +163,12 @@ def _colors(models: Sequence[Evaluated]) -> list[str]:
 
 
 def _bars(
-    place: Any, models: Sequence[Evaluated], values: Sequence[float | None], *, digits: str, errors: Sequence[float | None] | None = None
+    place: Any,
+    models: Sequence[Evaluated],
+    values: Sequence[float | None],
+    *,
+    digits: str,
+    errors: Sequence[float | None] | None = None,
 ) -> None:
     """One bar a model, with its number above."""
     heights = [0.0 if value is None else value for value in values]
@@ -167,8 +178,21 @@ def _bars(
         place.errorbar(range(len(models)), heights, yerr=spread, fmt="none", ecolor=INK, elinewidth=0.9)
     for i, height in enumerate(heights):
         above = (errors[i] or 0.0) if errors is not None else 0.0
-        place.annotate(format(height, digits), (i, height + above), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=8)
-    place.set_xticks(range(len(models)), _names(models), rotation=20 if len(models) > 3 else 0, ha="right" if len(models) > 3 else "center")
+        place.annotate(
+            format(height, digits),
+            (i, height + above),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=8,
+        )
+    place.set_xticks(
+        range(len(models)),
+        _names(models),
+        rotation=20 if len(models) > 3 else 0,
+        ha="right" if len(models) > 3 else "center",
+    )
     place.margins(y=0.15)
 
 
@@ -176,11 +200,22 @@ def _exact_match(place: Any, results: Results) -> None:
     models = results.evaluated
     for i, model in enumerate(models):
         spin = model.iteration is not None
-        shown = (("exact_match_sampled", SPIN if spin else BASELINE), ("exact_match_greedy", SPIN_LIGHT if spin else BASELINE_LIGHT))
+        shown = (
+            ("exact_match_sampled", SPIN if spin else BASELINE),
+            ("exact_match_greedy", SPIN_LIGHT if spin else BASELINE_LIGHT),
+        )
         for side, (key, color) in zip((-0.2, 0.2), shown, strict=True):
             value = model.values.get(key) or 0.0
             place.bar(i + side, value, width=0.38, color=color)
-            place.annotate(f"{value:.0%}", (i + side, value), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7)
+            place.annotate(
+                f"{value:.0%}",
+                (i + side, value),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=7,
+            )
     place.set_xticks(range(len(models)), _names(models), rotation=20, ha="right")
     place.yaxis.set_major_formatter(_percent_ticks())
     place.set_title("exact match: sampled (dark), greedy (light)")
@@ -199,7 +234,9 @@ def _patterns(place: Any, results: Results) -> None:
             place.plot(range(len(models)), shares, marker="o", color=color, label=name)
         if name in results.data_patterns:
             share = results.data_patterns[name]
-            place.axhline(share, color=color, linewidth=1.2, linestyle="--", label=f"{name} in the training data: {share:.0%}")
+            place.axhline(
+                share, color=color, linewidth=1.2, linestyle="--", label=f"{name} in the training data: {share:.0%}"
+            )
     if len(patterns) > 1:
         place.set_xticks(range(len(models)), _names(models), rotation=20, ha="right")
     place.yaxis.set_major_formatter(_percent_ticks())
@@ -210,12 +247,23 @@ def _patterns(place: Any, results: Results) -> None:
 def _nll(place: Any, results: Results) -> None:
     values = [model.values.get("nll_per_token") for model in results.evaluated]
     errors = [model.values.get("nll_per_token_error") for model in results.evaluated]
-    _bars(place, results.evaluated, values, digits=".4f" if max((value or 0.0) for value in values) < 0.1 else ".3f", errors=errors)
+    _bars(
+        place,
+        results.evaluated,
+        values,
+        digits=".4f" if max((value or 0.0) for value in values) < 0.1 else ".3f",
+        errors=errors,
+    )
     place.set_title("NLL of held-out answers, nats a token")
 
 
 def _length(place: Any, results: Results) -> None:
-    _bars(place, results.evaluated, [model.values.get("mean_response_tokens") for model in results.evaluated], digits=".0f")
+    _bars(
+        place,
+        results.evaluated,
+        [model.values.get("mean_response_tokens") for model in results.evaluated],
+        digits=".0f",
+    )
     real = results.evaluated[0].values.get("mean_real_tokens")
     if real is not None:
         place.axhline(real, color=WARM, linewidth=1.2, linestyle="--", label=f"real answers: {real:.0f}")
@@ -224,7 +272,9 @@ def _length(place: Any, results: Results) -> None:
 
 
 def _truncated(place: Any, results: Results) -> None:
-    _bars(place, results.evaluated, [model.values.get("truncated_fraction") for model in results.evaluated], digits=".1%")
+    _bars(
+        place, results.evaluated, [model.values.get("truncated_fraction") for model in results.evaluated], digits=".1%"
+    )
     place.yaxis.set_major_formatter(_percent_ticks())
     place.set_title("sampled answers that did not end")
 

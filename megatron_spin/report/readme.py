@@ -18,7 +18,9 @@ def run_block(results: Results, *, picture: Path, readme: Path) -> str:
     """
     expected = 1 + len(results.config.baselines) + played(results.config, RunDir(results.root))
     if not results.evaluated or len(results.evaluated) < expected:
-        raise RunDirError(f"{results.root} has not finished: its figures would be incomplete; run the same tools/spin.sh command again")
+        raise RunDirError(
+            f"{results.root} has not finished: its figures would be incomplete; run the same tools/spin.sh command again"
+        )
     path = os.path.relpath(picture, readme.parent)
     kinds = ", ".join(f"{phase.name} {phase.seconds:.0f} s" for phase in results.by_kind() if phase.seconds >= 1)
     machine = f"Measured {results.finished[:10]}" + (f" on {'; '.join(results.machines)}." if results.machines else ".")

@@ -75,7 +75,12 @@ class Results:
             kind, _, label = phase.name.partition(":")
             kinds[f"{kind}, baselines" if label in self.config.baselines else kind].append(phase)
         sums = [
-            Phase(kind, sum(phase.seconds for phase in phases), len(phases), max((phase.memory for phase in phases if phase.memory), default=None))
+            Phase(
+                kind,
+                sum(phase.seconds for phase in phases),
+                len(phases),
+                max((phase.memory for phase in phases if phase.memory), default=None),
+            )
             for kind, phases in kinds.items()
         ]
         return sorted(sums, key=lambda phase: -phase.seconds)
@@ -89,11 +94,17 @@ def read_results(root: Path) -> Results:
     """
     run_dir = RunDir(root)
     if not run_dir.config.is_file():
-        raise RunDirError(f"{root} is not a run directory (it has no config.yaml): give the --run-dir of a run, for example runs/NAME")
+        raise RunDirError(
+            f"{root} is not a run directory (it has no config.yaml): give the --run-dir of a run, for example runs/NAME"
+        )
     config = load_config(run_dir.config)
     state = read_json(run_dir.state) if run_dir.state.exists() else {"phases": {}}
     phases = state["phases"]
-    evaluated = [Evaluated(name, target.iteration, read_json(target.eval)) for name, target in players(config, run_dir) if target.eval.exists()]
+    evaluated = [
+        Evaluated(name, target.iteration, read_json(target.eval))
+        for name, target in players(config, run_dir)
+        if target.eval.exists()
+    ]
     curves = [_read_metrics(run_dir.target(iteration=t).metrics) for t in range(config.iterations)]
     curves = [curve for curve in curves if curve]
     if not evaluated and not curves:
@@ -104,7 +115,9 @@ def read_results(root: Path) -> Results:
         config=config,
         evaluated=evaluated,
         curves=curves,
-        phases=[Phase(name, float(phase["seconds"]), memory=phase.get("peak_memory_gib")) for name, phase in phases.items()],
+        phases=[
+            Phase(name, float(phase["seconds"]), memory=phase.get("peak_memory_gib")) for name, phase in phases.items()
+        ],
         data_patterns=patterns,
         prompts=prompts,
         notes=_notes(state, "SPIN {}" if config.training.objective == "spin" else "DPO"),
@@ -128,7 +141,10 @@ def players(config: Config, run_dir: RunDir) -> list[tuple[str, Target]]:
     # DPO may start from any model, a SPIN export for example.
     targets = [({"spin": "SFT", "dpo": "start", "sft": "untrained"}[method], run_dir.target(baseline="sft"))]
     targets += [(label, run_dir.target(baseline=name)) for name, label in continued.items()]
-    return targets + [("DPO" if method == "dpo" else f"{method.upper()} {t}", run_dir.target(iteration=t)) for t in range(config.iterations)]
+    return targets + [
+        ("DPO" if method == "dpo" else f"{method.upper()} {t}", run_dir.target(iteration=t))
+        for t in range(config.iterations)
+    ]
 
 
 def _notes(state: dict[str, Any], model: str) -> list[str]:
@@ -136,7 +152,9 @@ def _notes(state: dict[str, Any], model: str) -> list[str]:
     for iteration, judged in sorted(state.get("guards", {}).items(), key=lambda item: int(item[0])):
         for verdict in judged["verdicts"]:
             if verdict["tripped"]:
-                notes.append(f"Guard {verdict['guard']} ({verdict['action']}) after {model.format(iteration)}: {verdict['said']}.")
+                notes.append(
+                    f"Guard {verdict['guard']} ({verdict['action']}) after {model.format(iteration)}: {verdict['said']}."
+                )
     if (result := state.get("result")) is not None:
         notes.append(f"The result is {model_name(result)} ({result['why']}).")
     return notes
@@ -168,7 +186,8 @@ def _data_patterns(config: Config, run_dir: RunDir) -> tuple[dict[str, float], i
         return {}, len(rows)
     texts = decode([row.real_ids for row in rows])
     return {
-        name: sum(re.search(pattern, text) is not None for text in texts) / len(texts) for name, pattern in config.evaluation.patterns.items()
+        name: sum(re.search(pattern, text) is not None for text in texts) / len(texts)
+        for name, pattern in config.evaluation.patterns.items()
     }, len(rows)
 
 
@@ -177,5 +196,7 @@ def _decoder(hf: Path, run_dir: RunDir) -> Callable[[Sequence[Sequence[int]]], l
     for directory in (hf, run_dir.base / "hf"):
         if (directory / "tokenizer_config.json").exists():
             tokenizer = load_tokenizer(directory)
-            return lambda batch: [str(text) for text in tokenizer.batch_decode([list(ids) for ids in batch], skip_special_tokens=True)]
+            return lambda batch: [
+                str(text) for text in tokenizer.batch_decode([list(ids) for ids in batch], skip_special_tokens=True)
+            ]
     return None

@@ -38,11 +38,17 @@ def read_samples(root: Path, *, count: int, decoding: Decoding) -> list[Shown]:
     """
     run_dir = RunDir(root)
     if not run_dir.config.is_file():
-        raise RunDirError(f"{root} is not a run directory (it has no config.yaml): give the --run-dir of a run, for example runs/NAME")
-    models = {name: target.directory / "samples.jsonl" for name, target in players(load_config(run_dir.config), run_dir)}
+        raise RunDirError(
+            f"{root} is not a run directory (it has no config.yaml): give the --run-dir of a run, for example runs/NAME"
+        )
+    models = {
+        name: target.directory / "samples.jsonl" for name, target in players(load_config(run_dir.config), run_dir)
+    }
     rows = {name: _read(path) for name, path in models.items() if path.exists()}
     if not rows:
-        raise RunDirError(f"{root} has no samples.jsonl yet: run tools/spin.sh first, with evaluation.path or evaluation.held_out_fraction")
+        raise RunDirError(
+            f"{root} has no samples.jsonl yet: run tools/spin.sh first, with evaluation.path or evaluation.held_out_fraction"
+        )
     first = next(iter(rows.values()))
     shared = [index for index in first if all(index in own for own in rows.values())][:count]
     if not shared:
@@ -62,7 +68,9 @@ def _shown(models: Sequence[tuple[str, dict[str, Any]]], decoding: Decoding) -> 
     _, first = models[0]
     for name, row in models:
         if (row["prompt"], row["real"]) != (first["prompt"], first["real"]):
-            raise RunDirError(f"{name} answered another prompt {row['index']} than the others: evaluate the models again")
+            raise RunDirError(
+                f"{name} answered another prompt {row['index']} than the others: evaluate the models again"
+            )
     answers = [("real", first["real"], "real" in first.get("cut", []))]
     answers += [(name, row[decoding], decoding in row.get("cut", [])) for name, row in models]
     return Shown(first["index"], first["prompt"], answers)

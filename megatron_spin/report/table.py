@@ -27,9 +27,21 @@ def _percent(value: float) -> str:
 
 
 COLUMNS = (
-    Column("exact_match_sampled", "exact match, sampled", "match,\nsampled", _percent, "right answers among samples at temperature 1"),
+    Column(
+        "exact_match_sampled",
+        "exact match, sampled",
+        "match,\nsampled",
+        _percent,
+        "right answers among samples at temperature 1",
+    ),
     Column("exact_match_greedy", "greedy", "match,\ngreedy", _percent, "right answers of greedy decoding"),
-    Column("nll_per_token", "NLL/token", "NLL a\ntoken", "{:.4f}".format, "negative log-likelihood of the held-out answers, nats a token"),
+    Column(
+        "nll_per_token",
+        "NLL/token",
+        "NLL a\ntoken",
+        "{:.4f}".format,
+        "negative log-likelihood of the held-out answers, nats a token",
+    ),
     Column(
         "opponent_accuracy",
         "beats opponent",
@@ -37,8 +49,16 @@ COLUMNS = (
         _percent,
         "held-out pairs (real, sample of the opponent; DPO: given ones) won",
     ),
-    Column("identical_fraction", "same as real", "same as\nreal", _percent, "sampled answers equal to the real one, token for token"),
-    Column("truncated_fraction", "not ended", "not\nended", _percent, "sampled answers that were cut before they ended"),
+    Column(
+        "identical_fraction",
+        "same as real",
+        "same as\nreal",
+        _percent,
+        "sampled answers equal to the real one, token for token",
+    ),
+    Column(
+        "truncated_fraction", "not ended", "not\nended", _percent, "sampled answers that were cut before they ended"
+    ),
     Column("mean_response_tokens", "tokens", "tokens", "{:.1f}".format, "mean length of a sampled answer"),
 )
 
@@ -70,10 +90,17 @@ def comparison(results: Results, *, narrow: bool = False) -> Table:
             rows = [[*row, cell] for row, cell in zip(rows, [*cells, *[DASH] * len(rows)], strict=False)]
     count = models[0]["num_prompts"] if models else 0
     samples = results.config.evaluation.samples
-    notes = [f"{count} held-out prompts, {samples} {'sample' if samples == 1 else 'samples'} each; trained on {results.prompts} prompts."]
+    notes = [
+        f"{count} held-out prompts, {samples} {'sample' if samples == 1 else 'samples'} each; trained on {results.prompts} prompts."
+    ]
     if any(values.get("opponent_accuracy") is not None for values in models):
-        notes.append("Beats opponent: share of held-out pairs with a margin above 0; a sample that equals the real answer has none.")
-    notes += [f"“{name}”: share of answers in which `{results.config.evaluation.patterns[name]}` is found." for name in patterns]
+        notes.append(
+            "Beats opponent: share of held-out pairs with a margin above 0; a sample that equals the real answer has none."
+        )
+    notes += [
+        f"“{name}”: share of answers in which `{results.config.evaluation.patterns[name]}` is found."
+        for name in patterns
+    ]
     if results.config.evaluation.answer_pattern is not None and patterns and not narrow:
         notes.append("Right without: exact match among the sampled answers in which the expression is not found.")
     notes += results.notes
@@ -82,7 +109,11 @@ def comparison(results: Results, *, narrow: bool = False) -> Table:
 
 def _row(model: Evaluated, columns: Sequence[Column], patterns: Sequence[str], *, errors: bool) -> list[str]:
     shares = [model.values.get("patterns", {}).get(name, {}).get("sampled") for name in patterns]
-    return [model.name, *(_cell(model.values, column, errors=errors) for column in columns), *(_share(share) for share in shares)]
+    return [
+        model.name,
+        *(_cell(model.values, column, errors=errors) for column in columns),
+        *(_share(share) for share in shares),
+    ]
 
 
 def _more_columns(results: Results) -> list[tuple[str, list[str]]]:
@@ -113,10 +144,16 @@ def _data_rows(results: Results, columns: Sequence[Column], patterns: Sequence[s
     """What the real answers themselves show: those trained on and those held out."""
     first = results.evaluated[0].values
     held = {"mean_response_tokens": first.get("mean_real_tokens")}
-    lengths = [DASH if held.get(column.key) is None else column.format(float(held[column.key] or 0)) for column in columns]
-    rows = [["held-out data", *lengths, *(_share(first.get("patterns", {}).get(name, {}).get("real")) for name in patterns)]]
+    lengths = [
+        DASH if held.get(column.key) is None else column.format(float(held[column.key] or 0)) for column in columns
+    ]
+    rows = [
+        ["held-out data", *lengths, *(_share(first.get("patterns", {}).get(name, {}).get("real")) for name in patterns)]
+    ]
     if results.data_patterns:
-        rows.append(["training data", *(DASH for _ in columns), *(_share(results.data_patterns.get(name)) for name in patterns)])
+        rows.append(
+            ["training data", *(DASH for _ in columns), *(_share(results.data_patterns.get(name)) for name in patterns)]
+        )
     return rows
 
 
@@ -124,9 +161,16 @@ def times(results: Results) -> Table:
     """Where the time went, by kind of phase, and how much memory the largest process of each took (the GPU's own not counted)."""
     total = results.seconds or 1.0
     kinds = results.by_kind()
-    rows = [[phase.name, str(phase.count), f"{phase.seconds:.1f}", f"{phase.seconds / total:.0%}", _gib(phase.memory)] for phase in kinds]
+    rows = [
+        [phase.name, str(phase.count), f"{phase.seconds:.1f}", f"{phase.seconds / total:.0%}", _gib(phase.memory)]
+        for phase in kinds
+    ]
     largest = max((phase.memory for phase in kinds if phase.memory is not None), default=None)
-    return Table(["phase", "times", "seconds", "share", "peak GiB"], [*rows, ["all", "", f"{results.seconds:.1f}", "", _gib(largest)]], [])
+    return Table(
+        ["phase", "times", "seconds", "share", "peak GiB"],
+        [*rows, ["all", "", f"{results.seconds:.1f}", "", _gib(largest)]],
+        [],
+    )
 
 
 def _gib(memory: float | None) -> str:
@@ -135,17 +179,28 @@ def _gib(memory: float | None) -> str:
 
 def markdown(table: Table) -> str:
     """The table in GitHub's Markdown, numbers to the right."""
-    lines = ["| " + " | ".join(title or " " for title in table.titles) + " |", "|---" + "|---:" * (len(table.titles) - 1) + "|"]
+    lines = [
+        "| " + " | ".join(title or " " for title in table.titles) + " |",
+        "|---" + "|---:" * (len(table.titles) - 1) + "|",
+    ]
     lines += ["| " + " | ".join(cell or " " for cell in row) + " |" for row in table.rows]
     return "\n".join(lines) + "".join(f"\n\n{note}" for note in table.notes)
 
 
 def report_markdown(results: Results, *, picture: Path) -> str:
     """The whole ``report.md``."""
-    parts = [f"# {results.config.name}", markdown(comparison(results)), f"![training curves and results]({picture.name})"]
+    parts = [
+        f"# {results.config.name}",
+        markdown(comparison(results)),
+        f"![training curves and results]({picture.name})",
+    ]
     parts += ["## Where the time went", markdown(times(results)), "## Columns"]
     parts += ["\n".join(f"- **{column.title}**: {column.meaning}" for column in COLUMNS)]
-    parts += [f"Finished {results.finished}. The number behind ± is the standard error over prompts." if results.finished else ""]
+    parts += [
+        f"Finished {results.finished}. The number behind ± is the standard error over prompts."
+        if results.finished
+        else ""
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -138,7 +138,11 @@ class RunDir:
         one: with several ranks, of rank 0.
         """
         finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        measured = {"finished": finished, "seconds": round(seconds, 3), "peak_memory_gib": round(machine.peak_memory(), 3)}
+        measured = {
+            "finished": finished,
+            "seconds": round(seconds, 3),
+            "peak_memory_gib": round(machine.peak_memory(), 3),
+        }
         with self.changing_state() as state:
             state["phases"][phase] = {**measured, **details}
             machines: list[str] = state.setdefault("machines", [])

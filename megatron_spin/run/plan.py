@@ -60,7 +60,9 @@ class Plan:
             DeviceError: the number of processes cannot be had on this machine.
         """
         done = set(read_json(self.run_dir.state)["phases"]) if self.run_dir.state.exists() else set()
-        steps = self._without_rolled_back([dataclasses.replace(step, done=self._is_done(step.phase, done)) for step in self._all()])
+        steps = self._without_rolled_back(
+            [dataclasses.replace(step, done=self._is_done(step.phase, done)) for step in self._all()]
+        )
         if until is None:
             return steps
         names = [step.phase for step in steps]
@@ -80,7 +82,10 @@ class Plan:
         if last is None:
             return steps
         what = f"left out, for iteration {last} was rolled back"
-        return [dataclasses.replace(step, what=what, left_out=True) if _comes_after(step.phase, last) else step for step in steps]
+        return [
+            dataclasses.replace(step, what=what, left_out=True) if _comes_after(step.phase, last) else step
+            for step in steps
+        ]
 
     def _all(self) -> Iterator[Step]:
         config, objective, evaluates = self.config, self.config.training.objective, has_evaluation(self.config)
@@ -90,34 +95,59 @@ class Plan:
         yield self._bare("import", "turn the Hugging Face model into a Megatron checkpoint", "import_hf.py", *base)
         plays = objective != "sft"
         if plays and evaluates:
-            yield self._step("evaluate:sft", "measure the model that the run begins with", "evaluate.py", "--baseline", "sft")
+            yield self._step(
+                "evaluate:sft", "measure the model that the run begins with", "evaluate.py", "--baseline", "sft"
+            )
         for iteration in range(config.iterations):
             if spin:
                 what = "the opponent answers every prompt"
                 yield self._step(f"generate:{iteration}", what, "generate.py", "--iteration", str(iteration))
             yield from self._train_and_measure(f"{iteration}", "--iteration", TRAINING[objective])
             if plays:
-                yield self._step(f"guard:{iteration}", "look whether the policy is fit to go on with", "guard.py", "--iteration", str(iteration))
+                yield self._step(
+                    f"guard:{iteration}",
+                    "look whether the policy is fit to go on with",
+                    "guard.py",
+                    "--iteration",
+                    str(iteration),
+                )
             last = iteration + 1 == config.iterations
-            what = "the run's last policy is complete" if last else f"the policy becomes the opponent of iteration {iteration + 1}"
+            what = (
+                "the run's last policy is complete"
+                if last
+                else f"the policy becomes the opponent of iteration {iteration + 1}"
+            )
             yield self._finish("rotate" if spin else "finish", str(iteration), what)
         # The baselines come last: whoever started a self-play wants its result first, and they share nothing with it but data and base.
         for name in config.baselines if plays else ():
-            yield from self._train_and_measure(name, "--baseline", f"continue SFT to compare with ({config.baselines[name].steps})")
+            yield from self._train_and_measure(
+                name, "--baseline", f"continue SFT to compare with ({config.baselines[name].steps})"
+            )
             yield self._finish("finish", name, "the baseline is complete")
 
     def _train_and_measure(self, label: str, flag: str, what: str) -> Iterator[Step]:
-        target = self.run_dir.target(iteration=int(label)) if flag == "--iteration" else self.run_dir.target(baseline=label)
+        target = (
+            self.run_dir.target(iteration=int(label)) if flag == "--iteration" else self.run_dir.target(baseline=label)
+        )
         train = self._step(f"train:{label}", what, "train.py", flag, label)
         yield dataclasses.replace(train, processes=processes(self.config))
         paths = ("--checkpoint", str(target.checkpoints), "--hf", str(target.hf))
-        yield self._bare(f"export:{label}", "write it as a Hugging Face model and compare log-probs", "export_hf.py", *paths, flag, label)
+        yield self._bare(
+            f"export:{label}",
+            "write it as a Hugging Face model and compare log-probs",
+            "export_hf.py",
+            *paths,
+            flag,
+            label,
+        )
         if has_evaluation(self.config):
             yield self._step(f"evaluate:{label}", "measure it on held-out prompts", "evaluate.py", flag, label)
 
     def _step(self, phase: str, what: str, tool: str, *flags: str) -> Step:
         # Overrides directly behind CONFIG: argparse takes positional arguments in one go.
-        return Step(phase, what, (str(self._tools / tool), *self._arguments, "--run-dir", str(self.run_dir.root), *flags))
+        return Step(
+            phase, what, (str(self._tools / tool), *self._arguments, "--run-dir", str(self.run_dir.root), *flags)
+        )
 
     def _bare(self, phase: str, what: str, tool: str, *flags: str) -> Step:
         """A tool that works without a run, too, and takes the configuration as options."""
@@ -151,7 +181,9 @@ def processes(config: Config) -> int:
     gpus = gpu_count(config)
     count = wanted or gpus or replica
     if config.device == "cuda" and not gpus:
-        raise DeviceError("device=cuda, but no GPU is visible to torch: use device=cpu or auto, or check nvidia-smi and CUDA_VISIBLE_DEVICES")
+        raise DeviceError(
+            "device=cuda, but no GPU is visible to torch: use device=cpu or auto, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
     if count % replica:
         origin = "parallel.nproc_per_node" if wanted else "the number of GPUs"
         raise DeviceError(
@@ -159,7 +191,9 @@ def processes(config: Config) -> int:
             f" parallel sizes): set parallel.nproc_per_node={replica} or change the parallel sizes"
         )
     if gpus and count > gpus:
-        raise DeviceError(f"training needs {count} processes, one a GPU, but {gpus} GPUs are visible: lower the parallel sizes or use device=cpu")
+        raise DeviceError(
+            f"training needs {count} processes, one a GPU, but {gpus} GPUs are visible: lower the parallel sizes or use device=cpu"
+        )
     return count
 
 
@@ -190,7 +224,9 @@ def as_text(steps: Sequence[Step], run_dir: RunDir) -> Iterator[str]:
         words = (step.phase, status, str(step.processes), step.what, *step.command)
         for word in words:
             if not word or "\t" in word or "\n" in word:
-                raise ConfigError(f"argument {word!r} is empty or holds a tab or a newline: paths and overrides must be plain words")
+                raise ConfigError(
+                    f"argument {word!r} is empty or holds a tab or a newline: paths and overrides must be plain words"
+                )
         yield "\t".join(words)
 
 
@@ -212,7 +248,9 @@ def finish(plan: Plan, phase: str) -> None:
         raise RunDirError(f"{phase} is {last.what}: change the guards' settings to have it judged again")
     missing = [step.phase for step in steps if not step.done]
     if missing:
-        raise RunDirError(f"{phase} must wait for {', '.join(missing)}: run tools/spin.sh, which runs all phases in order")
+        raise RunDirError(
+            f"{phase} must wait for {', '.join(missing)}: run tools/spin.sh, which runs all phases in order"
+        )
     phases = read_json(run_dir.state)["phases"]
     target = run_dir.target(iteration=int(label)) if label.isdigit() else run_dir.target(baseline=label)
     write_json(target.done, {step.phase: phases[step.phase] for step in steps})

@@ -48,7 +48,9 @@ def _check_run_dir(plan: Plan) -> None:
         return
     differing = changes_forbidden(run_dir.config, plan.config)
     if differing:
-        raise RunDirError(f"{run_dir.root} belongs to a run with other values of {', '.join(differing)}: restore them or choose another --run-dir")
+        raise RunDirError(
+            f"{run_dir.root} belongs to a run with other values of {', '.join(differing)}: restore them or choose another --run-dir"
+        )
 
 
 def _check_baselines(plan: Plan) -> None:
@@ -66,9 +68,13 @@ def _check_baselines(plan: Plan) -> None:
 
 def _check_model(hf: Path) -> None:
     if not (hf / "config.json").is_file():
-        raise CheckpointError(f"model.hf={hf} holds no config.json: give the directory of a Hugging Face model (it is not downloaded)")
+        raise CheckpointError(
+            f"model.hf={hf} holds no config.json: give the directory of a Hugging Face model (it is not downloaded)"
+        )
     if not any(any(hf.glob(pattern)) for pattern in WEIGHT_FILES):
-        raise CheckpointError(f"model.hf={hf} holds no weights (*.safetensors): give the directory of a complete Hugging Face model")
+        raise CheckpointError(
+            f"model.hf={hf} holds no weights (*.safetensors): give the directory of a complete Hugging Face model"
+        )
 
 
 def _check_data(config: Config) -> None:
@@ -98,7 +104,9 @@ def _check_engines(config: Config, phases: Sequence[str]) -> None:
     for engine in engines:
         module = {"vllm": "vllm", "hf": "transformers"}[engine]
         if importlib.util.find_spec(module) is None:
-            raise ConfigError(f"generation.engine={engine} needs the Python package {module}, which {sys.executable} lacks: run `make setup`")
+            raise ConfigError(
+                f"generation.engine={engine} needs the Python package {module}, which {sys.executable} lacks: run `make setup`"
+            )
 
 
 def _check_disk(root: Path, hf: Path, models: int) -> None:
@@ -107,10 +115,16 @@ def _check_disk(root: Path, hf: Path, models: int) -> None:
     while not place.exists():
         place = place.parent
     weights = sum(file.stat().st_size for pattern in WEIGHT_FILES for file in hf.glob(pattern))
-    size = 4 if read_json(hf / "config.json").get("dtype", read_json(hf / "config.json").get("torch_dtype")) == "float32" else 2
+    size = (
+        4
+        if read_json(hf / "config.json").get("dtype", read_json(hf / "config.json").get("torch_dtype")) == "float32"
+        else 2
+    )
     each, free = weights // size * CHECKPOINT_BYTES, shutil.disk_usage(place).free
     if models and free < each:
-        raise RunDirError(f"{place} has {_gb(free)} free, one trained model takes about {_gb(each)}: free some space or choose another --run-dir")
+        raise RunDirError(
+            f"{place} has {_gb(free)} free, one trained model takes about {_gb(each)}: free some space or choose another --run-dir"
+        )
     if free < each * models:
         print(f"warning: {place} has {_gb(free)} free, this run may take {_gb(each * models)}", file=sys.stderr)
 

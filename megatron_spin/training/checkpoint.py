@@ -61,9 +61,13 @@ def latest_step(directory: Path) -> int | None:
         return None
     text = tracker.read_text().strip()
     if not text.isdigit():
-        raise CheckpointError(f"{tracker} holds {text!r}, not a step number: write the number of an iter_* directory beside it into it")
+        raise CheckpointError(
+            f"{tracker} holds {text!r}, not a step number: write the number of an iter_* directory beside it into it"
+        )
     if not checkpoint_path(directory, int(text)).is_dir():
-        raise CheckpointError(f"{tracker} names step {text}, but {checkpoint_path(directory, int(text))} does not exist: restore it")
+        raise CheckpointError(
+            f"{tracker} names step {text}, but {checkpoint_path(directory, int(text))} does not exist: restore it"
+        )
     return int(text)
 
 
@@ -101,7 +105,9 @@ def save_checkpoint(
         forks_die_with_us()  # the writers
         try:
             dist_checkpointing.save(sharded, str(partial), content_metadata=METADATA)
-        except CheckpointException as error:  # Megatron writes in processes of its own: only the text of what they met comes back
+        except (
+            CheckpointException
+        ) as error:  # Megatron writes in processes of its own: only the text of what they met comes back
             # All ranks come here, Megatron tells them; none may remove anything before all have looked.
             torch.distributed.barrier()
             full = shutil.disk_usage(directory).free < FULL
@@ -110,7 +116,9 @@ def save_checkpoint(
                 shutil.rmtree(partial, ignore_errors=True)
             if full:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final)) from error
-            raise CheckpointError(f"checkpoint {final} could not be written: {' '.join(str(error).split())[-300:]}") from error
+            raise CheckpointError(
+                f"checkpoint {final} could not be written: {' '.join(str(error).split())[-300:]}"
+            ) from error
     sums = _checksums(partial, dims)
     if dims.rank == 0:
         write_json(partial / CHECKSUMS, sums)
@@ -146,7 +154,9 @@ def load_checkpoint(
     """
     step = latest_step(directory) if step is None else step
     if step is None:
-        raise CheckpointError(f"{directory} holds no checkpoint ({TRACKER} is missing): run tools/import_hf.py or give another directory")
+        raise CheckpointError(
+            f"{directory} holds no checkpoint ({TRACKER} is missing): run tools/import_hf.py or give another directory"
+        )
     path = checkpoint_path(directory, step)
     _verify(path, dims)
     with megatron_region():
@@ -155,8 +165,16 @@ def load_checkpoint(
         sharded = _sharded_state(model, optimizer, is_loading=True)
         try:
             loaded = dist_checkpointing.load(sharded, str(path))
-        except (dist_checkpointing.core.CheckpointingException, CheckpointException, KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path} does not fit this model ({str(error)[:300]}): is it of another architecture?") from error
+        except (
+            dist_checkpointing.core.CheckpointingException,
+            CheckpointException,
+            KeyError,
+            ValueError,
+            RuntimeError,
+        ) as error:
+            raise CheckpointError(
+                f"{path} does not fit this model ({str(error)[:300]}): is it of another architecture?"
+            ) from error
         for index, chunk in enumerate(model):
             unwrap(chunk).load_state_dict(loaded[_model_key(model, index)], strict=False)
         if optimizer is not None:
@@ -214,7 +232,9 @@ def _keep_steps_apart(optimizer: MegatronOptimizer) -> None:
             part._set_main_param_and_optimizer_states = functools.partial(_set_states_but_step, part)
 
 
-def _set_states_but_step(part: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+def _set_states_but_step(
+    part: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
+) -> None:
     group, order = part.model_param_group_index_map[model_param]
     state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
     own = {"step": state["step"]} if "step" in state else {}
@@ -239,7 +259,9 @@ def _sharded_weights(chunk: torch.nn.Module) -> dict[str, Any]:
     return state
 
 
-def _sharded_state(model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(
+    model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool
+) -> dict[str, Any]:
     state: dict[str, Any] = {_model_key(model, i): _sharded_weights(chunk) for i, chunk in enumerate(model)}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=METADATA)
@@ -265,13 +287,17 @@ def _verify(path: Path, dims: ParallelDims) -> None:
         for name, value in expected.items():
             if actual.get(name) != value:
                 problem = "missing" if name not in actual else "corrupted (its SHA-256 differs)"
-                raise CheckpointError(f"checkpoint file {path / name} is {problem}: restore it, or name an older step in {path.parent / TRACKER}")
+                raise CheckpointError(
+                    f"checkpoint file {path / name} is {problem}: restore it, or name an older step in {path.parent / TRACKER}"
+                )
     try:
         _RestrictedUnpickler((path / ".metadata").read_bytes()).load()
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"checkpoint metadata {path / '.metadata'} cannot be read ({error}): restore the file") from None
+        raise CheckpointError(
+            f"checkpoint metadata {path / '.metadata'} cannot be read ({error}): restore the file"
+        ) from None
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
@@ -282,5 +308,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if not SAFE_CLASSES.fullmatch(f"{module}.{name}"):
-            raise CheckpointError(f"checkpoint metadata names {module}.{name}, which no torch_dist checkpoint needs: do not trust this file")
+            raise CheckpointError(
+                f"checkpoint metadata names {module}.{name}, which no torch_dist checkpoint needs: do not trust this file"
+            )
         return super().find_class(module, name)

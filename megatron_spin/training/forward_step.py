@@ -27,7 +27,9 @@ def response_logps(token_losses: Tensor, response_mask: Tensor) -> Tensor:
 def _step(loss_func: Callable[..., object]) -> ForwardStep:
     """The forward step whose loss function is ``loss_func(batch, token_losses)``."""
 
-    def forward_step(data_iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., object]]:
+    def forward_step(
+        data_iterator: Iterator[Microbatch], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[..., object]]:
         batch = next(data_iterator)
         # Every attention here is causal and padding is on the right, so no position ever sees padding: no mask is needed.
         output: Tensor = model(batch.input_ids, batch.position_ids(), None, labels=batch.labels)
@@ -61,7 +63,11 @@ def spin_forward_step(*, beta: float, loss: str, sft_weight: float = 0.0) -> For
             "loss": losses, "margin": margin, "accuracy": won.float(), "real_logps": real, "generated_logps": generated,
             "real_reward": real_reward, "generated_reward": generated_reward,
         }  # fmt: skip
-        return losses.sum(), _count(losses.numel(), losses), {name: _sum_and_count(value) for name, value in named.items()}
+        return (
+            losses.sum(),
+            _count(losses.numel(), losses),
+            {name: _sum_and_count(value) for name, value in named.items()},
+        )
 
     return _step(loss_func)
 

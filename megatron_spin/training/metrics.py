@@ -33,7 +33,9 @@ class MetricsWriter:
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.enabled:
             self._file.close()
             self._tensorboard.close()
@@ -48,7 +50,13 @@ class MetricsWriter:
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._tensorboard.add_scalar(name, value, row["step"])
-        shown = {"loss": "loss", "margin": "margin", "accuracy": "acc", "real_logps": "real logps", "generated_logps": "generated logps"}
+        shown = {
+            "loss": "loss",
+            "margin": "margin",
+            "accuracy": "acc",
+            "real_logps": "real logps",
+            "generated_logps": "generated logps",
+        }
         postfix = {label: f"{row[name]:.4g}" for name, label in shown.items() if row[name] is not None}
         self._bar.set_postfix({**postfix, "tok/s": f"{row['tokens'] / row['seconds']:.0f}"}, refresh=False)
         self._bar.update()

@@ -55,14 +55,23 @@ def optimizer_config(config: Config, *, learning_rate: float) -> OptimizerConfig
     """
     given = dict(config.training.optimizer)
     if given["optimizer"] not in OPTIMIZERS:
-        raise ConfigError(f"training.optimizer.optimizer={given['optimizer']!r} is not there: choose one of {', '.join(OPTIMIZERS)}")
+        raise ConfigError(
+            f"training.optimizer.optimizer={given['optimizer']!r} is not there: choose one of {', '.join(OPTIMIZERS)}"
+        )
     if given["optimizer"] == "rmsprop":
         for name in [name for name in rmsprop.REFUSED if name in given]:
-            raise ConfigError(f"training.optimizer.{name}={given[name]} does not apply to rmsprop: leave it out, or use optimizer: adam")
+            raise ConfigError(
+                f"training.optimizer.{name}={given[name]} does not apply to rmsprop: leave it out, or use optimizer: adam"
+            )
         given = {"adam_beta2": rmsprop.ALPHA, "adam_eps": rmsprop.EPS, **given, **rmsprop.AS_ADAM}
     bf16 = config.precision.dtype == "bf16"
     ours = {"lr": learning_rate, "bf16": bf16, "params_dtype": torch.bfloat16 if bf16 else torch.float32}
-    defaults = {"min_lr": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "use_distributed_optimizer": distributed_optimizer(config)}
+    defaults = {
+        "min_lr": 0.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "use_distributed_optimizer": distributed_optimizer(config),
+    }
     return _megatron_config(OptimizerConfig, {**defaults, **given, **ours}, "training.optimizer")
 
 
@@ -74,7 +83,11 @@ def wrap_and_optimize(
     Sets the hooks without which sequence-parallel norms and tied embeddings silently get wrong gradients.
     """
     with megatron_region():
-        given = {"grad_reduce_in_fp32": True, **config.parallel.ddp, "use_distributed_optimizer": distributed_optimizer(config)}
+        given = {
+            "grad_reduce_in_fp32": True,
+            **config.parallel.ddp,
+            "use_distributed_optimizer": distributed_optimizer(config),
+        }
         ddp_config = _megatron_config(DistributedDataParallelConfig, given, "parallel.ddp")
         wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in model]
         settings = optimizer_config(config, learning_rate=learning_rate)

@@ -53,8 +53,12 @@ def score(
     bar = tqdm(total=count, desc="scoring", unit="pair", disable=not (progress and dims.rank == 0))
     for start in range(0, len(padded), shape.global_batch_size):
         positions = np.arange(start, start + shape.global_batch_size)
-        own = microbatch_indices(positions, micro_batch_size=shape.micro_batch_size, dp_rank=dims.dp_rank, dp_size=dims.dp_size)
-        batches = [collate([examples[padded[i]] for i in part], length=shape.length, device=dims.device) for part in own]
+        own = microbatch_indices(
+            positions, micro_batch_size=shape.micro_batch_size, dp_rank=dims.dp_rank, dp_size=dims.dp_size
+        )
+        batches = [
+            collate([examples[padded[i]] for i in part], length=shape.length, device=dims.device) for part in own
+        ]
         collected = run_schedule(score_forward_step(), model, batches, forward_only=True)
         local = torch.zeros(shape.global_batch_size, kinds, device=dims.device)
         for part, logps in zip(own, collected, strict=False):  # the earlier pipeline stages collect nothing
@@ -92,14 +96,19 @@ class ScoreCache:
         if manifest["key"] != self.key:
             return None
         if not self.file.exists() or sha256(self.file) != manifest["sha256"]:
-            raise GateError(f"opponent scores {self.file} were altered after scoring (SHA-256 differs): delete the file and run again to score anew")
+            raise GateError(
+                f"opponent scores {self.file} were altered after scoring (SHA-256 differs): delete the file and run again to score anew"
+            )
         tensors = safetensors.numpy.load_file(self.file)
         return np.stack([tensors["real_logps"], tensors["generated_logps"]], axis=1)
 
     def save(self, scores: np.ndarray) -> None:
         """Writes scores [N, 2], then the manifest that makes them count."""
         self.manifest.unlink(missing_ok=True)
-        tensors = {"real_logps": np.ascontiguousarray(scores[:, 0]), "generated_logps": np.ascontiguousarray(scores[:, 1])}
+        tensors = {
+            "real_logps": np.ascontiguousarray(scores[:, 0]),
+            "generated_logps": np.ascontiguousarray(scores[:, 1]),
+        }
         with atomic_writer(self.file, "wb") as file:
             file.write(safetensors.numpy.save(tensors))
         write_json(self.manifest, {"key": self.key, "sha256": sha256(self.file), "num_pairs": len(scores)})
@@ -135,7 +144,13 @@ class OpponentGate:
 
 
 def check_scores(
-    cached: np.ndarray, model: Sequence[torch.nn.Module], examples: Sequence[Example], batch: np.ndarray, *, shape: BatchShape, dims: ParallelDims
+    cached: np.ndarray,
+    model: Sequence[torch.nn.Module],
+    examples: Sequence[Example],
+    batch: np.ndarray,
+    *,
+    shape: BatchShape,
+    dims: ParallelDims,
 ) -> OpponentGate:
     """Scores the first training batch twice more, in two orders: their difference is the noise, and the cache must agree within it.
 

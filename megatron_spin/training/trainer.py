@@ -35,7 +35,9 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """Learning rate of step ``step``, from 0."""
-        return learning_rate(step, total=self.total, peak=self.peak, schedule=self.decay, warmup_fraction=self.warmup_fraction)
+        return learning_rate(
+            step, total=self.total, peak=self.peak, schedule=self.decay, warmup_fraction=self.warmup_fraction
+        )
 
 
 @dataclasses.dataclass
@@ -81,7 +83,11 @@ class Trainer:
         row: dict[str, Any] = {"step": step + 1, **{name: named.get(name) for name in PAIR_METRICS}}
         row |= {"grad_norm": norm, "learning_rate": rate, "tokens": tokens, "pairs": len(chosen)}
         # Neither side of a pair of equal answers can win; whoever reads the accuracy needs to know how many there were.
-        row["identical"] = None if self.scores is None else sum(list(e.responses[0]) == list(e.responses[1]) for e in chosen) / len(chosen)
+        row["identical"] = (
+            None
+            if self.scores is None
+            else sum(list(e.responses[0]) == list(e.responses[1]) for e in chosen) / len(chosen)
+        )
         return {**row, "seconds": round(time.perf_counter() - started, 6)}
 
     def run(
@@ -107,10 +113,14 @@ class Trainer:
             writer.write(row)
             if (step + 1) % every == 0 or step + 1 == self.schedule.total:
                 writer.sync()
-                save_checkpoint(checkpoints, step + 1, self.model, dims=self.dims, optimizer=self.optimizer, state=state, keep=keep)
+                save_checkpoint(
+                    checkpoints, step + 1, self.model, dims=self.dims, optimizer=self.optimizer, state=state, keep=keep
+                )
 
     def _microbatches(self, indices: np.ndarray) -> list[Any]:
-        own = microbatch_indices(indices, micro_batch_size=self.shape.micro_batch_size, dp_rank=self.dims.dp_rank, dp_size=self.dims.dp_size)
+        own = microbatch_indices(
+            indices, micro_batch_size=self.shape.micro_batch_size, dp_rank=self.dims.dp_rank, dp_size=self.dims.dp_size
+        )
         return [
             collate(
                 [self.examples[i] for i in part],

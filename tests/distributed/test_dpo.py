@@ -24,9 +24,13 @@ def preference_rows(count: int) -> list[dict[str, str]]:
     ]
 
 
-def independent_dpo(policy_dir: Path, reference_dir: Path, rows: list[dict[str, str]]) -> tuple[float, dict[str, torch.Tensor]]:
+def independent_dpo(
+    policy_dir: Path, reference_dir: Path, rows: list[dict[str, str]]
+) -> tuple[float, dict[str, torch.Tensor]]:
     """-log sigmoid(beta (log pi(c)/pi(r) - log ref(c)/ref(r))), mean over ``rows``, with gradients; one unpadded sequence at a time."""
-    policy, reference = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (policy_dir, reference_dir))
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (policy_dir, reference_dir)
+    )
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)
 
     def logp(model: torch.nn.Module, prompt: str, answer: str) -> torch.Tensor:
@@ -39,7 +43,9 @@ def independent_dpo(policy_dir: Path, reference_dir: Path, rows: list[dict[str, 
     for row in rows:
         chosen, rejected = (logp(policy, row["prompt"], row[key]) for key in ("chosen", "rejected"))
         with torch.no_grad():
-            reference_ratio = logp(reference, row["prompt"], row["chosen"]) - logp(reference, row["prompt"], row["rejected"])
+            reference_ratio = logp(reference, row["prompt"], row["chosen"]) - logp(
+                reference, row["prompt"], row["rejected"]
+            )
         total = total - torch.nn.functional.logsigmoid(BETA * (chosen - rejected - reference_ratio)) / len(rows)
     total.backward()
     return total.item(), {name: parameter.grad for name, parameter in policy.named_parameters()}
@@ -54,7 +60,9 @@ def test_one_dpo_step_equals_an_independent_implementation(world, tmp_path: Path
     settings: dict[str, Any] = {"data": data, "training": {"objective": "dpo"}, "spin": {"beta": BETA}}
     config = tiny_config(tmp_path / "policy", **settings)
     prepared = prepare(config)
-    assert prepared.pairs is not None and [pair.index for pair in prepared.pairs.pairs] == [row.index for row in prepared.train]
+    assert prepared.pairs is not None and [pair.index for pair in prepared.pairs.pairs] == [
+        row.index for row in prepared.train
+    ]
     pairs = [(pair.prompt_ids, pair.real_ids, pair.generated_ids) for pair in prepared.pairs.pairs]
     [scores] = world(1).run(scores_of, tiny_config(tmp_path / "reference", **settings), pairs)
     [(named, gradients)] = world(1).run(first_gradients, config, pairs, scores)

@@ -17,7 +17,9 @@ def test_matrices_decay_and_norms_do_not(world, tmp_path: Path, name: str):
     pairs, scores = random_pairs(8, vocabulary=VOCABULARY), np.full((8, 2), -40.0, dtype=np.float32)
     trained = []
     for decay in (0.0, 0.5):
-        config = tiny_config(tmp_path / "model", training={"optimizer": {"optimizer": name, "weight_decay": decay, "clip_grad": 0.0}})
+        config = tiny_config(
+            tmp_path / "model", training={"optimizer": {"optimizer": name, "weight_decay": decay, "clip_grad": 0.0}}
+        )
         trained.append(world(1).run(trained_weights, config, pairs, scores, steps=1)[0][1])
     without, decayed = trained
     for key, weights in without.items():

@@ -89,7 +89,8 @@ def test_the_likelihood_term_adds_the_real_answers_mean_over_tokens(world, model
     """At weight 0 the very bits of the plain loss; else its value and gradient plus those of the mean over tokens, by transformers."""
     hf, weight, batch = models["llama_tied"], 0.7, BatchSampler(len(pairs), 8, 0).batch(0)
     plain, zero, weighted = (
-        world(1).run(first_gradients, tiny_config(hf, spin=spin), pairs, scores)[0] for spin in ({}, {"sft_weight": 0.0}, {"sft_weight": weight})
+        world(1).run(first_gradients, tiny_config(hf, spin=spin), pairs, scores)[0]
+        for spin in ({}, {"sft_weight": 0.0}, {"sft_weight": weight})
     )
     assert zero[0] == plain[0] and all(np.array_equal(zero[1][name], plain[1][name]) for name in plain[1])
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
@@ -126,7 +127,10 @@ def test_the_first_loss_gate_counts_the_likelihood_term(world):
     cases = [(float(np.log(2)) + extra, weight) for extra, weight in ((0, 0), (1, 0.5), (1.001, 0.5), (1, 0))]
     [errors] = world(1).run(first_loss_errors, cases)
     assert errors[:2] == ["", ""]
-    assert "not logistic(0) + 0.5 * 2.0000000 = 1.6931472 within" in errors[2] and "not logistic(0) = 0.6931472 within" in errors[3]
+    assert (
+        "not logistic(0) + 0.5 * 2.0000000 = 1.6931472 within" in errors[2]
+        and "not logistic(0) = 0.6931472 within" in errors[3]
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -144,7 +148,16 @@ def test_layouts_equal_one_process(world, models, pairs, scores, name, layout):
     rounding = 1e-6 * config.spin.beta * float(abs(scores).max())
     for rows in world(size).run(losses, config, pairs, scores):  # every rank reports the same
         for row, wanted in zip(rows, reference, strict=True):
-            for key in ("loss", "margin", "accuracy", "real_logps", "generated_logps", "real_reward", "generated_reward", "grad_norm"):
+            for key in (
+                "loss",
+                "margin",
+                "accuracy",
+                "real_logps",
+                "generated_logps",
+                "real_reward",
+                "generated_reward",
+                "grad_norm",
+            ):
                 assert row[key] == pytest.approx(wanted[key], rel=1e-5, abs=max(1e-6, rounding)), (key, row["step"])
     assert len({row["loss"] for row in reference}) == 5, "the steps must change the loss, else this compares nothing"
 
@@ -153,7 +166,9 @@ def test_layouts_equal_one_process(world, models, pairs, scores, name, layout):
 def test_distributed_optimizer_equals_one_process(world, models, pairs, scores, layout):
     size, parallel = LAYOUTS[layout]
     [reference] = world(1).run(losses, tiny_config(models["llama_tied"], optimizer=GENTLE_ADAM), pairs, scores)
-    config = tiny_config(models["llama_tied"], parallel={**parallel, "use_distributed_optimizer": True}, optimizer=GENTLE_ADAM)
+    config = tiny_config(
+        models["llama_tied"], parallel={**parallel, "use_distributed_optimizer": True}, optimizer=GENTLE_ADAM
+    )
     rows = world(size).run(losses, config, pairs, scores)[0]
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in reference], rel=1e-5)
     assert [row["grad_norm"] for row in rows] == pytest.approx([row["grad_norm"] for row in reference], rel=1e-5)

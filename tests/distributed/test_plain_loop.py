@@ -32,7 +32,13 @@ def pairs() -> list[tuple[list[int], list[int], list[int]]]:
 
 
 def configured(model: Path, objective: str, optimizer: dict[str, Any]) -> Any:
-    training = {"objective": objective, "learning_rate": PEAK, "schedule": "linear", "warmup_fraction": WARMUP, "optimizer": optimizer}
+    training = {
+        "objective": objective,
+        "learning_rate": PEAK,
+        "schedule": "linear",
+        "warmup_fraction": WARMUP,
+        "optimizer": optimizer,
+    }
     return tiny_config(model, training=training, spin={"beta": BETA})
 
 
@@ -44,7 +50,9 @@ def rate(step: int) -> float:
 
 def answer_logps(model: torch.nn.Module, sequences: list[tuple[list[int], list[int]]]) -> torch.Tensor:
     """Summed log-probs of the answers, [n], of (prompt, answer) sequences."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt + answer) for prompt, answer in sequences], batch_first=True)
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(prompt + answer) for prompt, answer in sequences], batch_first=True
+    )
     lengths = torch.tensor([[len(prompt), len(prompt) + len(answer)] for prompt, answer in sequences])
     positions = torch.arange(ids.shape[1])
     logits = model(ids, attention_mask=(positions < lengths[:, 1:]).long()).logits[:, :-1]
@@ -82,10 +90,16 @@ def plain_loop(
 
 def deviation(hf: Path, actual: tuple[Any, Any], expected: tuple[Any, Any]) -> dict[str, float]:
     """Largest relative difference of a step's loss, gradient norm and rate, and of a tensor's movement over all steps (``moved``)."""
-    before = {name: tensor.detach().numpy() for name, tensor in AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).named_parameters()}
+    before = {
+        name: tensor.detach().numpy()
+        for name, tensor in AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).named_parameters()
+    }
     (rows, weights), (wanted, target) = actual, expected
     assert len(rows) == len(wanted) == STEPS and weights.keys() == target.keys()
-    found = {key: max(abs(a[key] / b[key] - 1) for a, b in zip(rows, wanted, strict=True)) for key in ("loss", "grad_norm", "learning_rate")}
+    found = {
+        key: max(abs(a[key] / b[key] - 1) for a, b in zip(rows, wanted, strict=True))
+        for key in ("loss", "grad_norm", "learning_rate")
+    }
     moved = {name: float(np.linalg.norm(target[name] - before[name])) for name in target}
     assert min(moved.values()) > 0, "every tensor must have moved, else this compares nothing"
     found["moved"] = max(float(np.linalg.norm(weights[name] - target[name])) / moved[name] for name in target)
@@ -120,4 +134,6 @@ def test_fifty_steps_equal_a_plain_loop(world, model, pairs, case):
     assert found["learning_rate"] < 1e-12, found
     assert found["loss"] < 1e-5 and found["grad_norm"] < 1e-5 and found["moved"] < 1e-4, found
     norms = [row["grad_norm"] for row in expected[0]]
-    assert max(norms) > CLIP and (objective == "sft" or min(norms) < CLIP), "clipping must have been at work, and for SPIN not always"
+    assert max(norms) > CLIP and (objective == "sft" or min(norms) < CLIP), (
+        "clipping must have been at work, and for SPIN not always"
+    )

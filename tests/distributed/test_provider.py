@@ -9,7 +9,9 @@ from tests.support.tiny import VOCABULARY, tiny_model
 PROVIDER = "examples.providers.plain_gpt:model_provider"
 
 
-@pytest.mark.parametrize(("size", "parallel"), [(1, {}), (2, {"tensor_model_parallel_size": 2}), (2, {"pipeline_model_parallel_size": 2})])
+@pytest.mark.parametrize(
+    ("size", "parallel"), [(1, {}), (2, {"tensor_model_parallel_size": 2}), (2, {"pipeline_model_parallel_size": 2})]
+)
 def test_plain_gpt_model_trains_as_ours_does(world, tmp_path, size, parallel):
     tiny_model(tmp_path, tied=True, tokenizer=False)
     pairs = random_pairs(16, vocabulary=VOCABULARY)

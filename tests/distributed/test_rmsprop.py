@@ -39,7 +39,9 @@ def test_the_step_is_torchs_bit_for_bit(world):
     assert world(1).run(step_differences, decay=0.1, decoupled=True)[0] > 1e-3  # AdamW's decay is another
 
 
-@pytest.mark.parametrize(("ranks", "dtype"), [(1, "fp32"), (2, "fp32"), pytest.param(2, "bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("ranks", "dtype"), [(1, "fp32"), (2, "fp32"), pytest.param(2, "bf16", marks=pytest.mark.slow)]
+)
 def test_resumed_equals_uninterrupted_bit_for_bit(world, tmp_path: Path, ranks: int, dtype: str):
     tiny_model(tmp_path / "model", vocabulary=VOCABULARY, tokenizer=False)
     training: dict[str, Any] = {"learning_rate": 1e-4, "schedule": "linear", "optimizer": {"optimizer": "rmsprop"}}
@@ -47,7 +49,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(world, tmp_path: Path, ranks: 
     pairs = random_pairs(24, vocabulary=VOCABULARY)
     scores = np.full((24, 2), -40.0, dtype=np.float32)
     rows, expected = world(ranks).run(trained_weights, config, pairs, scores, steps=10)[0]
-    resumed, actual = world(ranks).run(resumed_weights, config, pairs, scores, steps=10, stop=4, directory=tmp_path / "checkpoints")[0]
+    resumed, actual = world(ranks).run(
+        resumed_weights, config, pairs, scores, steps=10, stop=4, directory=tmp_path / "checkpoints"
+    )[0]
     assert [row["loss"] for row in resumed] == [row["loss"] for row in rows]
     assert all(np.array_equal(actual[name], expected[name]) for name in expected) and actual.keys() == expected.keys()
     assert len({row["loss"] for row in rows}) == 10

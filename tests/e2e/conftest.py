@@ -12,7 +12,9 @@ def generated(tmp_path_factory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("generated")
     config, run = tiny_yaml(directory), directory / "run"
     run_tool("prepare.py", config, "--run-dir", run)
-    run_tool("import_hf.py", "--hf", directory / "model", "--checkpoint", run / "base", "--config", config, "--run-dir", run)
+    run_tool(
+        "import_hf.py", "--hf", directory / "model", "--checkpoint", run / "base", "--config", config, "--run-dir", run
+    )
     run_tool("generate.py", config, "--run-dir", run, "--iteration", 0)
     return config, run
 

@@ -9,7 +9,9 @@ from tests.support.runs import REPOSITORY, command, environment, metrics, run_to
 
 
 def test_checkpoint_on_a_full_disk(fresh, trained):
-    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False
+    ).returncode:
         pytest.skip("needs user namespaces for a small file system of its own")
     config, run = fresh
     checkpoints = run / "iteration_0/checkpoints"

@@ -32,7 +32,8 @@ def test_spin_then_dpo(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "sft.jsonl", sft_rows(16, seed=1))
     lost = sft_rows(16, seed=5)
     pairs = [
-        {"prompt": won["prompt"], "chosen": won["response"], "rejected": other["response"]} for won, other in zip(sft_rows(16), lost, strict=True)
+        {"prompt": won["prompt"], "chosen": won["response"], "rejected": other["response"]}
+        for won, other in zip(sft_rows(16), lost, strict=True)
     ]
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
     shared: dict[str, Any] = {
@@ -42,9 +43,19 @@ def test_spin_then_dpo(tmp_path: Path) -> None:
         "spin": {"iterations": 1, "beta": 0.3},
         "baselines": {},
     }
-    training = {"epochs": 1, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "optimizer": {"optimizer": "rmsprop"}}
+    training = {
+        "epochs": 1,
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        "learning_rate": 1e-3,
+        "optimizer": {"optimizer": "rmsprop"},
+    }
     data = {"template": "none", "max_length": 40}
-    driver(tmp_path, "spin", {**shared, "model": {"hf": "model"}, "data": {"path": "sft.jsonl", **data}, "training": training})
+    driver(
+        tmp_path,
+        "spin",
+        {**shared, "model": {"hf": "model"}, "data": {"path": "sft.jsonl", **data}, "training": training},
+    )
 
     dpo = {**shared, "model": {"hf": "spin/iteration_0/hf"}, "data": {"path": "pairs.jsonl", **data}}
     dpo |= {
@@ -67,7 +78,11 @@ def test_spin_then_dpo(tmp_path: Path) -> None:
         "finish:0",
     ]
     first, second = metrics(run / "iteration_0/metrics.jsonl")
-    assert first["margin"] == pytest.approx(0, abs=1e-5) and first["loss"] > math.log(2) + 0.1 and second["loss"] != first["loss"]
+    assert (
+        first["margin"] == pytest.approx(0, abs=1e-5)
+        and first["loss"] > math.log(2) + 0.1
+        and second["loss"] != first["loss"]
+    )
     opponent = read_json(run / "iteration_0/pairs/manifest.json")["opponent"]
     assert opponent == read_json(tmp_path / "spin/state.json")["phases"]["export:0"]["identity"]
     assert (run / "iteration_0/DONE").exists() and (run / "iteration_0/pairs/scores.safetensors").exists()
@@ -75,7 +90,9 @@ def test_spin_then_dpo(tmp_path: Path) -> None:
     assert [model.name for model in results.evaluated] == ["start", "DPO"]
     measured = read_json(run / "iteration_0/eval.json")
     assert measured["opponent"] == opponent and measured["opponent_ties"] == 0
-    assert measured["opponent_accuracy"] == 1.0  # held out are four of the pairs trained on: chosen likelier, rejected less than to the reference
+    assert (
+        measured["opponent_accuracy"] == 1.0
+    )  # held out are four of the pairs trained on: chosen likelier, rejected less than to the reference
     shown = [json.loads(line) for line in (run / "iteration_0/samples.jsonl").read_text().splitlines()]
     assert [row["rejected"] for row in shown] == [pairs[row["index"]]["rejected"] for row in shown]
     judged = read_json(run / "state.json")["guards"]["0"]["verdicts"]

@@ -54,9 +54,20 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "precision": {"dtype": "fp32"},
         "data": {"path": "data.jsonl", "template": "instruction", "max_length": 48},
         "generation": {"engine": "hf", "max_new_tokens": 12, "shard_size": 20},
-        "evaluation": {"held_out_fraction": 0.2, "answer_pattern": "(w[0-9]+)$", "patterns": {"one": "w1"}, "likelihood": {"all": "data.jsonl"}},
+        "evaluation": {
+            "held_out_fraction": 0.2,
+            "answer_pattern": "(w[0-9]+)$",
+            "patterns": {"one": "w1"},
+            "likelihood": {"all": "data.jsonl"},
+        },
         "spin": {"iterations": 2},
-        "training": {"global_batch_size": 16, "micro_batch_size": 4, "steps": 3, "learning_rate": 1e-3, "checkpoint_every": 1},
+        "training": {
+            "global_batch_size": 16,
+            "micro_batch_size": 4,
+            "steps": 3,
+            "learning_rate": 1e-3,
+            "checkpoint_every": 1,
+        },
         "baselines": {"sft_continued": {"steps": 2}},
     }
     (place / "spin.yaml").write_text(yaml.safe_dump(config))
@@ -70,7 +81,9 @@ def environment() -> dict[str, str]:
 def spin(place: Path, *arguments: str, timeout: float = 600) -> Finished:
     """Runs the driver in ``place`` to its end."""
     command = [DRIVER, "spin.yaml", *arguments]
-    return subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command, cwd=place, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -87,7 +100,9 @@ def metrics(target: Path) -> list[dict[str, Any]]:
     return [without_clocks(json.loads(line)) for line in (target / "metrics.jsonl").read_text().splitlines()]
 
 
-def results(run_dir: Path, targets: Sequence[str] = ("iteration_0", "iteration_1", "baselines/sft_continued")) -> dict[str, Any]:
+def results(
+    run_dir: Path, targets: Sequence[str] = ("iteration_0", "iteration_1", "baselines/sft_continued")
+) -> dict[str, Any]:
     """Everything measured in a run: the metrics of each step and the evaluations."""
     found: dict[str, Any] = {}
     for target in targets:
@@ -118,7 +133,17 @@ def test_self_play_leaves_what_the_contract_names(finished: tuple[Path, float]) 
     assert (run_dir / "config.yaml").exists() and (run_dir / "state.json").exists()
     for iteration in (0, 1):
         directory = run_dir / f"iteration_{iteration}"
-        for name in ("generated", "pairs", "checkpoints", "hf", "tensorboard", "metrics.jsonl", "eval.json", "samples.jsonl", "DONE"):
+        for name in (
+            "generated",
+            "pairs",
+            "checkpoints",
+            "hf",
+            "tensorboard",
+            "metrics.jsonl",
+            "eval.json",
+            "samples.jsonl",
+            "DONE",
+        ):
             assert (directory / name).exists(), name
         rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [1, 2, 3] and set(rows[0]) >= METRIC_KEYS
@@ -137,7 +162,11 @@ def test_the_opponent_is_the_previous_policy(finished: tuple[Path, float]) -> No
     run_dir, _ = finished
     trained = json.loads((run_dir / "iteration_0/eval.json").read_text())
     manifest = json.loads((run_dir / "iteration_1/pairs/manifest.json").read_text())
-    assert manifest["opponent"] == trained["model"] != json.loads((run_dir / "baselines/sft/eval.json").read_text())["model"]
+    assert (
+        manifest["opponent"]
+        == trained["model"]
+        != json.loads((run_dir / "baselines/sft/eval.json").read_text())["model"]
+    )
 
 
 def test_a_finished_run_does_nothing(finished: tuple[Path, float], workplace: Path) -> None:
@@ -149,7 +178,14 @@ def test_a_finished_run_does_nothing(finished: tuple[Path, float], workplace: Pa
 
 @pytest.mark.slow
 def test_self_play_with_vllm(workplace: Path) -> None:
-    ran = spin(workplace, "generation.engine=vllm", "parallel.tensor_model_parallel_size=1", "baselines={}", "--run-dir", "vllm")
+    ran = spin(
+        workplace,
+        "generation.engine=vllm",
+        "parallel.tensor_model_parallel_size=1",
+        "baselines={}",
+        "--run-dir",
+        "vllm",
+    )
     assert ran.returncode == 0, f"{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
     measured = json.loads((workplace / "vllm/iteration_1/eval.json").read_text())
     assert measured["opponent_accuracy"] is not None and (workplace / "vllm/iteration_1/DONE").exists()
@@ -159,10 +195,14 @@ def test_likelihood_of_more_files(finished: tuple[Path, float]) -> None:
     run, _ = finished
     rows = load_rows(run / "data/likelihood_all.parquet")
     model = load_model(run / "iteration_1/hf", dtype="fp32", device=torch.device("cpu"))
-    logps = hf_token_logps(model, [(row.prompt_ids, row.real_ids) for row in rows], batch_size=1, device=torch.device("cpu"))
+    logps = hf_token_logps(
+        model, [(row.prompt_ids, row.real_ids) for row in rows], batch_size=1, device=torch.device("cpu")
+    )
     expected = -float(torch.cat(logps).double().mean())
     assert len(rows) == 60
-    assert json.loads((run / "iteration_1/eval.json").read_text())["likelihood"]["all"]["nll_per_token"] == pytest.approx(expected, rel=1e-6)
+    assert json.loads((run / "iteration_1/eval.json").read_text())["likelihood"]["all"][
+        "nll_per_token"
+    ] == pytest.approx(expected, rel=1e-6)
 
 
 def test_probe_of_a_run(finished: tuple[Path, float], workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,13 +216,33 @@ def test_probe_of_a_run(finished: tuple[Path, float], workplace: Path, monkeypat
 
 @pytest.mark.slow
 def test_the_probe_tool(workplace: Path) -> None:
-    command = [sys.executable, str(REPOSITORY / "tools/probe.py"), "spin.yaml", "--prompts", "40", "--steps", "2", "--run-dir", "probe"]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "tools/probe.py"),
+        "spin.yaml",
+        "--prompts",
+        "40",
+        "--steps",
+        "2",
+        "--run-dir",
+        "probe",
+    ]
     for _ in range(2):  # the second time everything is there
-        ran = subprocess.run(command, cwd=workplace, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+        ran = subprocess.run(
+            command, cwd=workplace, env=environment(), capture_output=True, text=True, timeout=600, check=False
+        )
         assert ran.returncode == 0, f"{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
         assert "After 2 steps the policy wins" in ran.stdout
     assert json.loads((workplace / "probe/probe.json").read_text())["steps"] == 2
-    refused = subprocess.run([*command, "--steps", "0"], cwd=workplace, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    refused = subprocess.run(
+        [*command, "--steps", "0"],
+        cwd=workplace,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert one_line_error(refused) == "error: --steps 0 must be greater than 0"
 
 
@@ -261,7 +321,11 @@ def back_to_training(source: Path, copy: Path) -> Path:
     """A copy of a finished run in which iteration 0 has been generated and nothing after it has been done."""
     shutil.copytree(source, copy)
     state = json.loads((copy / "state.json").read_text())
-    state["phases"] = {phase: done for phase, done in state["phases"].items() if phase in ("prepare", "import", "evaluate:sft", "generate:0")}
+    state["phases"] = {
+        phase: done
+        for phase, done in state["phases"].items()
+        if phase in ("prepare", "import", "evaluate:sft", "generate:0")
+    }
     (copy / "state.json").write_text(json.dumps(state))
     for name in ("checkpoints", "hf", "metrics.jsonl", "eval.json", "DONE"):
         path = copy / "iteration_0" / name
@@ -275,7 +339,9 @@ def test_a_ranks_message_reaches_the_user(finished: tuple[Path, float], workplac
     tracker.write_text("garbage\n")
     ran = spin(workplace, "--run-dir", "broken", "--until", "train:0")
     assert "base" in one_line_error(ran)
-    assert "ChildFailedError" not in ran.stdout and "ChildFailedError" in (broken / "logs/train_0.ranks.log").read_text()
+    assert (
+        "ChildFailedError" not in ran.stdout and "ChildFailedError" in (broken / "logs/train_0.ranks.log").read_text()
+    )
 
 
 def wait_for_checkpoint(driver: subprocess.Popen[str], checkpoints: Path) -> None:
@@ -299,7 +365,9 @@ def test_nothing_outlives_a_kill_after_a_checkpoint(finished: tuple[Path, float]
     driver = start(workplace, *arguments)
     wait_for_checkpoint(driver, run_dir / "iteration_0/checkpoints")
     processes = psutil.Process(driver.pid).children(recursive=True)
-    next(process for process in processes if process.environ().get("LOCAL_RANK") == "0").kill()  # as the kernel does when memory runs out
+    next(
+        process for process in processes if process.environ().get("LOCAL_RANK") == "0"
+    ).kill()  # as the kernel does when memory runs out
     output, _ = driver.communicate(timeout=60)
     assert driver.returncode == 1 and "error: a process of train:0 was killed by a signal" in output, output[-3000:]
     assert not survivors(processes)
@@ -322,4 +390,6 @@ def test_a_gate_stops_the_run_with_status_1(finished: tuple[Path, float], workpl
     content = json.loads(manifest.read_text())
     content["opponent"] = f"{int(content['opponent'][0], 16) ^ 1:x}{content['opponent'][1:]}"  # one bit
     manifest.write_text(json.dumps(content))
-    assert "was made for opponent" in one_line_error(spin(workplace, "--run-dir", "forged", "--until", "train:0"), status=1)
+    assert "was made for opponent" in one_line_error(
+        spin(workplace, "--run-dir", "forged", "--until", "train:0"), status=1
+    )

@@ -48,7 +48,15 @@ def sessions(models):
 
 def settings(engine, hf_dir, **changes):
     return EngineSettings(
-        **{"engine": engine, "hf_dir": hf_dir, "dtype": "fp32", "end_token_id": END, "max_length": MAX_LENGTH, "batch_size": 16, **changes}
+        **{
+            "engine": engine,
+            "hf_dir": hf_dir,
+            "dtype": "fp32",
+            "end_token_id": END,
+            "max_length": MAX_LENGTH,
+            "batch_size": 16,
+            **changes,
+        }
     )
 
 
@@ -62,7 +70,9 @@ def prompts(count=40, seed=0):
 def answer(session, *, temperature, seed=0, top_p=1.0, asked=None, progress=None):
     asked = asked or prompts()
     caps = answer_caps(asked, max_new_tokens=MAX_NEW_TOKENS, max_length=MAX_LENGTH)
-    return session.generate(asked, max_new_tokens=caps, temperature=temperature, top_p=top_p, seed=seed, progress=progress)
+    return session.generate(
+        asked, max_new_tokens=caps, temperature=temperature, top_p=top_p, seed=seed, progress=progress
+    )
 
 
 @pytest.mark.parametrize(("engine", "family"), [("hf", "llama"), ("hf", "mistral"), ("vllm", "llama")])
@@ -71,7 +81,9 @@ def test_greedy_equals_transformers(sessions, models, engine, family):
     expected = []
     for prompt in prompts():
         cap = min(MAX_NEW_TOKENS, MAX_LENGTH - len(prompt))
-        output = model.generate(torch.tensor([prompt]), max_new_tokens=cap, do_sample=False, eos_token_id=END, pad_token_id=0)
+        output = model.generate(
+            torch.tensor([prompt]), max_new_tokens=cap, do_sample=False, eos_token_id=END, pad_token_id=0
+        )
         expected.append(output[0, len(prompt) :].tolist())
     got = answer(sessions[engine, family], temperature=0)
     assert [completion.token_ids for completion in got] == expected
@@ -124,8 +136,15 @@ def test_sampled_distribution(sessions, models, engine, top_p):
         kept = order[(ordered.cumsum(0) - ordered) < top_p]
         probabilities = torch.zeros_like(probabilities).index_copy(0, kept, probabilities[kept])
         probabilities /= probabilities.sum()
-    one_token = sessions[engine, "llama"].generate([asked] * count, max_new_tokens=[1] * count, temperature=0.7, top_p=top_p, seed=1)
-    frequencies = torch.bincount(torch.tensor([completion.token_ids[0] for completion in one_token]), minlength=len(probabilities)) / count
+    one_token = sessions[engine, "llama"].generate(
+        [asked] * count, max_new_tokens=[1] * count, temperature=0.7, top_p=top_p, seed=1
+    )
+    frequencies = (
+        torch.bincount(
+            torch.tensor([completion.token_ids[0] for completion in one_token]), minlength=len(probabilities)
+        )
+        / count
+    )
     assert not frequencies[probabilities == 0].any()
     # Five standard deviations of a binomial share, and one count for the rarest.
     assert ((frequencies - probabilities).abs() <= 5 * (probabilities / count).sqrt() + 1 / count).all()
@@ -133,13 +152,19 @@ def test_sampled_distribution(sessions, models, engine, top_p):
 
 def test_head_size_that_vllm_lacks_names_the_remedy(tmp_path):
     tiny_model(tmp_path, hidden=32, heads=2)
-    with pytest.raises(DeviceError, match=r"head size 16 .*set generation.engine=hf"), open_session(settings("vllm", tmp_path)):
+    with (
+        pytest.raises(DeviceError, match=r"head size 16 .*set generation.engine=hf"),
+        open_session(settings("vllm", tmp_path)),
+    ):
         pass
 
 
 @pytest.mark.parametrize("argument", [{"dtype": "float16"}, {"no_such_argument": 1}])
 def test_vllm_arguments_that_cannot_be(models, argument):
-    with pytest.raises(ConfigError, match=next(iter(argument))), open_session(settings("vllm", models["llama"][0], vllm=argument)):
+    with (
+        pytest.raises(ConfigError, match=next(iter(argument))),
+        open_session(settings("vllm", models["llama"][0], vllm=argument)),
+    ):
         pass
 
 
@@ -147,7 +172,10 @@ def test_vllm_that_fails_shows_its_log(models, tmp_path):
     shutil.copytree(models["llama"][0], tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(DeviceError, match=r"vLLM failed: .*its log ends: "), open_session(settings("vllm", tmp_path / "model")):
+    with (
+        pytest.raises(DeviceError, match=r"vLLM failed: .*its log ends: "),
+        open_session(settings("vllm", tmp_path / "model")),
+    ):
         pass
 
 
@@ -177,7 +205,11 @@ def test_shards_and_pairs(done):
     assert sorted(shards(run_dir)) == [f"shard_{i:05d}.{suffix}" for i in range(3) for suffix in ("json", "jsonl")]
     pairs, manifest = load_pairs(run_dir.target(iteration=0).pairs)
     opponent = identity(run_dir.opponent_hf(config, 0), "fp32")
-    assert manifest["opponent"] == opponent == read_json(run_dir.target(iteration=0).generated / "shard_00001.json")["opponent"]
+    assert (
+        manifest["opponent"]
+        == opponent
+        == read_json(run_dir.target(iteration=0).generated / "shard_00001.json")["opponent"]
+    )
     assert manifest["data"] == read_json(run_dir.data / "manifest.json")["identity"]
     assert sorted(pair.index for pair in pairs) == list(range(40))
     for pair in pairs:
@@ -197,7 +229,10 @@ def test_several_answers_a_prompt(copy):
     first, second = pairs[:40], pairs[40:]
     assert [(p.index, p.prompt_ids, p.real_ids) for p in first] == [(p.index, p.prompt_ids, p.real_ids) for p in second]
     assert sum(p.generated_ids != q.generated_ids for p, q in zip(first, second, strict=True)) > 20
-    before, answers = shards(run_dir), run_dir.target(iteration=0).generated / "shard_00000.json"  # a shard with both answers of some prompts
+    before, answers = (
+        shards(run_dir),
+        run_dir.target(iteration=0).generated / "shard_00000.json",
+    )  # a shard with both answers of some prompts
     assert len(before) == 4
     answers.unlink()
     assert generate_iteration(config, run_dir, 0)["generated_now"] == 1 and shards(run_dir) == before
@@ -247,7 +282,9 @@ def test_the_opponent_must_be_what_was_exported(copy):
     pairs, manifest = load_pairs(run_dir.target(iteration=1).pairs)
     assert manifest["counts"]["own"] == manifest["counts"]["previous"] == 40
     assert [pair.iteration for pair in pairs] == [1] * 40 + [0] * 40
-    assert [p.generated_ids for p in pairs[:40]] != [p.generated_ids for p in pairs[40:]], "each iteration has seeds of its own"
+    assert [p.generated_ids for p in pairs[:40]] != [p.generated_ids for p in pairs[40:]], (
+        "each iteration has seeds of its own"
+    )
 
 
 def test_iteration_that_is_not_there(done):

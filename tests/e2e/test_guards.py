@@ -17,7 +17,9 @@ Finished = subprocess.CompletedProcess[str]
 
 def spin(config: Path, run: Path, *arguments: str) -> Finished:
     command = [str(REPOSITORY / "tools/spin.sh"), str(config), "--run-dir", str(run), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment(PYTHON=sys.executable))
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, env=environment(PYTHON=sys.executable)
+    )
 
 
 def succeeded(ran: Finished) -> Finished:
@@ -66,16 +68,23 @@ def run(ruined: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
 def test_a_ruined_model_is_warned_of_and_the_run_goes_on(run: tuple[Path, Path]) -> None:
     config, directory = run
     ran = succeeded(spin(config, directory, "--until", "rotate:0"))
-    assert tripped(directory) >= {"real_logps_fall", "nll_rise", "end_of_answer", "length", "repetition"}, verdicts(directory)
+    assert tripped(directory) >= {"real_logps_fall", "nll_rise", "end_of_answer", "length", "repetition"}, verdicts(
+        directory
+    )
     warnings = [line for line in ran.stderr.splitlines() if line.startswith("warning: guard ")]
-    assert len(warnings) == len(tripped(directory)) and all("iteration 0" in line and ".threshold is " in line for line in warnings)
+    assert len(warnings) == len(tripped(directory)) and all(
+        "iteration 0" in line and ".threshold is " in line for line in warnings
+    )
     assert state(directory)["result"] == {
         "hf": "iteration_0/hf", "iteration": 0, "why": "the last iteration that is complete"
     }  # fmt: skip
     assert ran.stdout.splitlines()[-1].startswith(f"the result is iteration 0, {directory}/iteration_0/hf")
     run_tool("report.py", directory)
     report = (directory / "report.md").read_text()
-    assert "Guard nll_rise (warn) after SPIN 0: held-out NLL a token is" in report and "The result is iteration 0" in report
+    assert (
+        "Guard nll_rise (warn) after SPIN 0: held-out NLL a token is" in report
+        and "The result is iteration 0" in report
+    )
 
 
 def test_stop_stops_again_until_the_user_decides(run: tuple[Path, Path]) -> None:
@@ -86,7 +95,11 @@ def test_stop_stops_again_until_the_user_decides(run: tuple[Path, Path]) -> None
         errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
         assert ran.returncode == 2 and len(errors) == 1 and "Traceback" not in ran.stderr, ran.stderr
         assert "guard nll_rise: held-out NLL a token is" in errors[0] and "guards.nll_rise.action=warn" in errors[0]
-        assert "guard:0" not in state(directory)["phases"] and not (directory / "iteration_0/DONE").exists() and "result" not in state(directory)
+        assert (
+            "guard:0" not in state(directory)["phases"]
+            and not (directory / "iteration_0/DONE").exists()
+            and "result" not in state(directory)
+        )
     ran = succeeded(spin(config, directory, "--until", "rotate:0", "guards.nll_rise.threshold=1e9"))
     assert (directory / "iteration_0/DONE").exists() and "nll_rise" not in tripped(directory)
 
@@ -100,11 +113,17 @@ def test_rollback_makes_the_previous_model_the_result(run: tuple[Path, Path], ru
         assert "generate:1: left out, for iteration 0 was rolled back" in ran.stdout
         assert not (directory / "iteration_1").exists() and not (directory / "iteration_0/DONE").exists()
         result = state(directory)["result"]
-        assert result["hf"] == str(ruined[1].parent / "model") and result["iteration"] is None and "repetition" in result["why"]
+        assert (
+            result["hf"] == str(ruined[1].parent / "model")
+            and result["iteration"] is None
+            and "repetition" in result["why"]
+        )
         assert ran.stdout.splitlines()[-1].startswith("the result is the model that the run began with, ")
     # Other settings have it judged again, and what was judged before must not let it pass.
     for _ in range(2):
-        judged = run_tool("guard.py", config, "--run-dir", directory, "--iteration", 0, "guards.repetition.action=stop", check=False)
+        judged = run_tool(
+            "guard.py", config, "--run-dir", directory, "--iteration", 0, "guards.repetition.action=stop", check=False
+        )
         assert judged.returncode == 2 and "guard repetition" in judged.stderr
 
 
@@ -137,14 +156,24 @@ def test_an_opponent_that_knows_the_answers_leaves_nothing_to_learn(tmp_path: Pa
         "there is no evaluation: give evaluation.path or evaluation.held_out_fraction"
     ]
     # The baseline has as many steps as the one iteration that was trained.
-    assert len(metrics(tmp_path / "run/baselines/more/metrics.jsonl")) == len(metrics(tmp_path / "run/iteration_0/metrics.jsonl")) == 5
+    assert (
+        len(metrics(tmp_path / "run/baselines/more/metrics.jsonl"))
+        == len(metrics(tmp_path / "run/iteration_0/metrics.jsonl"))
+        == 5
+    )
     assert (tmp_path / "run/baselines/more/DONE").exists() and not (tmp_path / "run/iteration_1").exists()
 
 
 @pytest.mark.slow
 def test_an_opponent_that_is_beaten_at_once(tmp_path: Path) -> None:
     """Real answers that are nothing like the model's: a few steps tell them apart."""
-    config = tiny_yaml(tmp_path, training={"learning_rate": 5e-3, "epochs": 3}, spin={"iterations": 1}, evaluation={"path": None}, baselines={})
+    config = tiny_yaml(
+        tmp_path,
+        training={"learning_rate": 5e-3, "epochs": 3},
+        spin={"iterations": 1},
+        evaluation={"path": None},
+        baselines={},
+    )
     rows = [{"prompt": row["prompt"], "response": "w1 w2 w3"} for row in sft_rows(40, seed=1)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     ran = succeeded(spin(config, tmp_path / "run"))

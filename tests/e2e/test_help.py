@@ -18,7 +18,9 @@ PATIENCE = 5.0
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
 def test_help_of_every_tool(tool: Path) -> None:
     started = time.monotonic()
-    ran = subprocess.run([sys.executable, str(tool), "--help"], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run(
+        [sys.executable, str(tool), "--help"], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("usage: ") and len(ran.stdout.splitlines()) > 4 and not ran.stderr
     assert time.monotonic() - started < PATIENCE, "heavy imports belong inside main, behind the arguments"
@@ -26,12 +28,21 @@ def test_help_of_every_tool(tool: Path) -> None:
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
 def test_an_unknown_option_is_the_users_mistake(tool: Path) -> None:
-    ran = subprocess.run([sys.executable, str(tool), "--no-such-option"], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run(
+        [sys.executable, str(tool), "--no-such-option"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert ran.returncode == 2 and "Traceback" not in ran.stderr
 
 
 def test_help_of_the_driver() -> None:
-    ran = subprocess.run([str(REPOSITORY / "tools/spin.sh"), "--help"], capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run(
+        [str(REPOSITORY / "tools/spin.sh"), "--help"], capture_output=True, text=True, timeout=60, check=False
+    )
     assert ran.returncode == 0 and "--until PHASE:T" in ran.stdout and not ran.stderr
 
 

@@ -45,14 +45,26 @@ def test_there_and_back_is_bitwise_equal(mistral, checkpoint, tmp_path) -> None:
     marker = json.loads((tmp_path / "out/export.json").read_text())
     assert marker["identity"] == identity(mistral, "fp32") and marker["identity"][:16] in result.stdout
     assert marker["largest_difference"] <= 1e-4
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == AutoTokenizer.from_pretrained(mistral).get_vocab()
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+        == AutoTokenizer.from_pretrained(mistral).get_vocab()
+    )
 
 
 def test_there_at_one_layout_and_back_at_another_in_bf16(mistral, tmp_path) -> None:
     """The checkpoint and the export are in bf16, rounded once; config.json says so and keeps all else."""
     layout = ("--tensor-model-parallel-size", 2)
     run_tool("import_hf.py", "--hf", mistral, "--checkpoint", tmp_path / "base", "--dtype", "bf16", *layout, ranks=2)
-    run_tool("export_hf.py", "--checkpoint", tmp_path / "base", "--hf", tmp_path / "out", "--pipeline-model-parallel-size", 2, ranks=2)
+    run_tool(
+        "export_hf.py",
+        "--checkpoint",
+        tmp_path / "base",
+        "--hf",
+        tmp_path / "out",
+        "--pipeline-model-parallel-size",
+        2,
+        ranks=2,
+    )
     weights, original = read_weights(tmp_path / "out"), read_weights(mistral)
     assert weights.keys() == original.keys()
     assert all(torch.equal(weights[name], original[name].bfloat16()) for name in original)
@@ -69,7 +81,9 @@ def test_a_run_records_its_import_and_export(tmp_path) -> None:
     shutil.copytree(run / "base", run / "iteration_0/checkpoints")
     assert "train:0 has not finished" in one_line(run_tool("export_hf.py", *options, "--iteration", 0, check=False), 2)
     RunDir(run).mark_done("train:0", seconds=0.0)
-    assert "is not this run's" in one_line(run_tool("export_hf.py", *options, "--iteration", 0, "--hf", tmp_path / "elsewhere", check=False), 2)
+    assert "is not this run's" in one_line(
+        run_tool("export_hf.py", *options, "--iteration", 0, "--hf", tmp_path / "elsewhere", check=False), 2
+    )
     run_tool("export_hf.py", *options, "--iteration", 0)
     phases = json.loads((run / "state.json").read_text())["phases"]
     assert phases["import"]["identity"] == phases["export:0"]["identity"] == identity(tmp_path / "model", "fp32")

@@ -32,11 +32,15 @@ def test_killed_and_run_again(tmp_path, engine):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for run in (whole, killed):
         run_tool("prepare.py", config, "--run-dir", run)
-    subprocess.run(command("generate.py", config, "--run-dir", whole, "--iteration", 0), check=True, env=environment(**ENVIRONMENT))
+    subprocess.run(
+        command("generate.py", config, "--run-dir", whole, "--iteration", 0), check=True, env=environment(**ENVIRONMENT)
+    )
 
     left = []
     for target in sorted(chance.sample(range(1, 16), KILLS)):  # a moment is a number of files that are there
-        process = subprocess.Popen(command("generate.py", config, "--run-dir", killed, "--iteration", 0), env=environment(**ENVIRONMENT))
+        process = subprocess.Popen(
+            command("generate.py", config, "--run-dir", killed, "--iteration", 0), env=environment(**ENVIRONMENT)
+        )
         while process.poll() is None and len(shards(killed)) < target:
             time.sleep(0.001)
         with_children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
@@ -45,19 +49,28 @@ def test_killed_and_run_again(tmp_path, engine):
         left.append(len(shards(killed)))
         print(f"killed with {left[-1]} files there and {len(with_children)} child processes")
         assert not survivors(with_children), "the engine's process outlived the one that was killed"
-    subprocess.run(command("generate.py", config, "--run-dir", killed, "--iteration", 0), check=True, env=environment(**ENVIRONMENT))
+    subprocess.run(
+        command("generate.py", config, "--run-dir", killed, "--iteration", 0),
+        check=True,
+        env=environment(**ENVIRONMENT),
+    )
     assert any(0 < count < 20 for count in left), "no kill fell into the generation"
     assert len(shards(whole)) == 20  # 10 shards of 4 prompts, each with its manifest
     assert shards(killed) == shards(whole)
     (pairs, manifest), (_, expected) = (load_pairs(RunDir(run).target(iteration=0).pairs) for run in (killed, whole))
     assert manifest == expected
-    assert sorted(pair.index for pair in pairs) == list(range(read_json(killed / "data" / "manifest.json")["counts"]["kept"]))
+    assert sorted(pair.index for pair in pairs) == list(
+        range(read_json(killed / "data" / "manifest.json")["counts"]["kept"])
+    )
 
 
 @pytest.mark.parametrize("moment", ["within the answers", "before their manifest", "before the pairs"])
 def test_killed_in_the_middle_of_a_write(tmp_path, moment):
     """The three places in a shard's life where a random kill seldom falls."""
-    config, run = tiny_yaml(tmp_path, generation={"engine": "hf", "max_new_tokens": 10, "shard_size": 16}), tmp_path / "run"
+    config, run = (
+        tiny_yaml(tmp_path, generation={"engine": "hf", "max_new_tokens": 10, "shard_size": 16}),
+        tmp_path / "run",
+    )
     run_tool("prepare.py", config, "--run-dir", run)
     run_tool("generate.py", config, "--run-dir", run, "--iteration", 0)
     expected, directory = shards(run), run / "iteration_0" / "generated"

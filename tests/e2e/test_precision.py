@@ -32,7 +32,10 @@ def main_weights(directory: str) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize("distributed", [True, False])
 def test_main_weights_carry_over_unrounded(tmp_path, distributed):
-    config, run = tiny_yaml(tmp_path, precision={"dtype": "bf16"}, parallel={"use_distributed_optimizer": distributed}), tmp_path / "run"
+    config, run = (
+        tiny_yaml(tmp_path, precision={"dtype": "bf16"}, parallel={"use_distributed_optimizer": distributed}),
+        tmp_path / "run",
+    )
     arguments = (config, "--run-dir", run, "training.learning_rate=[1.0e-3, 1.0e-12]", "training.steps=2")
     run_tool("prepare.py", *arguments)
     run_tool("import_hf.py", "--hf", tmp_path / "model", "--checkpoint", run / "base", "--config", *arguments)
@@ -40,7 +43,17 @@ def test_main_weights_carry_over_unrounded(tmp_path, distributed):
         run_tool("generate.py", *arguments, "--iteration", iteration)
         run_tool("train.py", *arguments, "--iteration", iteration)
         target = run / f"iteration_{iteration}"
-        run_tool("export_hf.py", "--checkpoint", target / "checkpoints", "--hf", target / "hf", "--config", *arguments, "--iteration", iteration)
+        run_tool(
+            "export_hf.py",
+            "--checkpoint",
+            target / "checkpoints",
+            "--hf",
+            target / "hf",
+            "--config",
+            *arguments,
+            "--iteration",
+            iteration,
+        )
         assert metrics(target / "metrics.jsonl")[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert json.loads((run / "iteration_0/hf/export.json").read_text())["dtype"] == "bf16"
     with worlds() as world:

@@ -62,7 +62,10 @@ def test_rows_limits_counts_and_split(model, tmp_path):
 
 
 def test_files_for_their_likelihood_alone(model, tmp_path):
-    files = {name: str(write_jsonl(tmp_path / f"{name}.jsonl", sft_rows(9, seed=seed))) for name, seed in (("own", 1), ("other", 2))}
+    files = {
+        name: str(write_jsonl(tmp_path / f"{name}.jsonl", sft_rows(9, seed=seed)))
+        for name, seed in (("own", 1), ("other", 2))
+    }
     config = raw(model, files["own"])
     config["evaluation"] |= {"likelihood": files, "num_prompts": 4}
     prepared = prepare(from_dict(config))
@@ -108,10 +111,15 @@ def test_held_out_preferences_keep_their_rejected_answers(model, tmp_path):
     config["evaluation"] = {"path": str(write_jsonl(tmp_path / "more.jsonl", rows)), "num_prompts": 7}
     given = prepare(from_dict(config))
     assert len(given.evaluation) == 7
-    for row, lost in [*zip(split.evaluation, split.rejected, strict=True), *zip(given.evaluation, given.rejected, strict=True)]:
+    for row, lost in [
+        *zip(split.evaluation, split.rejected, strict=True),
+        *zip(given.evaluation, given.rejected, strict=True),
+    ]:
         assert (row.index, row.prompt_ids) == (lost.index, lost.prompt_ids)
         written = preferences(20)[row.index]
-        assert [len(side.real_ids) for side in (row, lost)] == [len(written[answer].split()) + 1 for answer in ("chosen", "rejected")]
+        assert [len(side.real_ids) for side in (row, lost)] == [
+            len(written[answer].split()) + 1 for answer in ("chosen", "rejected")
+        ]
     given.save(tmp_path)
     assert load_rows(tmp_path / "eval_rejected.parquet") == given.rejected
 
@@ -126,7 +134,11 @@ def test_rejected_answers_that_were_cut_can_be_left_out(model, tmp_path):
     path = write_jsonl(tmp_path / "pairs.jsonl", preferences(20))
     keep, drop = (prepare(from_dict(dpo(model, path, truncated=truncated))) for truncated in ("keep", "drop"))
     cut = keep.pairs.counts["truncated"]
-    assert 0 < cut < 16 == len(keep.pairs.pairs) and drop.pairs.counts["dropped"] == cut and len(drop.pairs.pairs) == 16 - cut
+    assert (
+        0 < cut < 16 == len(keep.pairs.pairs)
+        and drop.pairs.counts["dropped"] == cut
+        and len(drop.pairs.pairs) == 16 - cut
+    )
     assert all(pair.finish_reason == "stop" for pair in drop.pairs.pairs)
     assert drop.train == keep.train and "pairs left out" in describe(drop.manifest, from_dict(dpo(model, path)))
 
@@ -136,13 +148,19 @@ def test_held_out_answers_may_be_longer_than_those_trained_on(model, tmp_path):
     capped = prepare(from_dict(config))
     config["evaluation"]["max_new_tokens"] = 20
     prepared = prepare(from_dict(config))
-    assert prepared.train == capped.train and [row.index for row in prepared.evaluation] == [row.index for row in capped.evaluation]
-    assert any(row.real_truncated for row in prepared.train) and not any(row.real_truncated for row in prepared.evaluation)
+    assert prepared.train == capped.train and [row.index for row in prepared.evaluation] == [
+        row.index for row in capped.evaluation
+    ]
+    assert any(row.real_truncated for row in prepared.train) and not any(
+        row.real_truncated for row in prepared.evaluation
+    )
 
 
 def test_draw_is_by_seed_and_nested(model, tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", sft_rows(40))
-    few, more, other = (prepare(from_dict(raw(model, path, num_prompts=n, seed=s))).train for n, s in ((5, 0), (10, 0), (10, 1)))
+    few, more, other = (
+        prepare(from_dict(raw(model, path, num_prompts=n, seed=s))).train for n, s in ((5, 0), (10, 0), (10, 1))
+    )
     assert few == more[:5]
     assert len(more) == 10 and more != other
 
@@ -151,7 +169,11 @@ def test_draw_is_by_seed_and_nested(model, tmp_path):
     ("change", "error", "message"),
     [
         ({"end_token": "<eot>"}, DataError, "'<eot>' is not a token of the tokenizer"),
-        ({"end_token": "<|end|>"}, DataError, r"generation_config.json stops generation on eos_token_id=2: set data.end_token"),
+        (
+            {"end_token": "<|end|>"},
+            DataError,
+            r"generation_config.json stops generation on eos_token_id=2: set data.end_token",
+        ),
         ({"max_length": 512}, ConfigError, "exceeds the model's max_position_embeddings=256"),
         ({"max_prompt_length": 1}, DataError, "none of 20 rows is left to train on .20 prompt longer than 1 tokens"),
     ],

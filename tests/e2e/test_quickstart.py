@@ -19,7 +19,9 @@ ROWS = ("baselines/sft", "baselines/sft_continued", "baselines/sft_continued_2x"
 def quickstart(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": sys.executable, "COLUMNS": "100"}
     environment.pop("OMP_NUM_THREADS", None)
-    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+    return subprocess.run(
+        [SCRIPT, *arguments], capture_output=True, text=True, env=environment, timeout=timeout, check=False
+    )
 
 
 def evaluations(out: Path) -> dict[str, dict[str, Any]]:
@@ -69,7 +71,9 @@ def test_a_users_own_data(tmp_path: Path) -> None:
     assert measured["iteration_0"]["opponent_accuracy"] is not None
     assert all(0 < values["nll_per_token"] < 6 and values["truncated_fraction"] < 1 for values in measured.values())
     # The rows held out by the two stages are the same, so none that is measured on was trained on.
-    identities = {json.loads((out / stage / "data/manifest.json").read_text())["counts"]["held_out"] for stage in ("sft", "spin")}
+    identities = {
+        json.loads((out / stage / "data/manifest.json").read_text())["counts"]["held_out"] for stage in ("sft", "spin")
+    }
     assert len(identities) == 1
     assert held_out(out / "spin") & trained(out / "sft") == set()
 
@@ -99,7 +103,12 @@ def held_out(run_dir: Path) -> set[int]:
 )
 def test_mistakes_cost_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     ran = quickstart(*arguments, f"OUT={tmp_path / 'out'}", timeout=30)
-    assert ran.returncode == 2 and ran.stderr.startswith("error: ") and len(ran.stderr.splitlines()) == 1 and message in ran.stderr
+    assert (
+        ran.returncode == 2
+        and ran.stderr.startswith("error: ")
+        and len(ran.stderr.splitlines()) == 1
+        and message in ran.stderr
+    )
     assert not (tmp_path / "out").exists()
 
 

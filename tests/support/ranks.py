@@ -8,7 +8,9 @@ import numpy as np
 from megatron_spin.config import Config, at_iteration, from_dict
 
 
-def tiny_config(hf: Path, *, parallel: dict[str, Any] | None = None, optimizer: dict[str, Any] | None = None, **sections: Any) -> Config:
+def tiny_config(
+    hf: Path, *, parallel: dict[str, Any] | None = None, optimizer: dict[str, Any] | None = None, **sections: Any
+) -> Config:
     """A configuration for the tiny models of the tests: fp32, 8 pairs a step in microbatches of 2, SGD."""
     training = {
         "global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 0.01, "schedule": "constant", "warmup_fraction": 0.0,
@@ -23,7 +25,9 @@ def tiny_config(hf: Path, *, parallel: dict[str, Any] | None = None, optimizer: 
     return from_dict(raw)
 
 
-def random_pairs(count: int, *, vocabulary: int, seed: int = 0, prompt: int = 9, answer: int = 14) -> list[tuple[list[int], list[int], list[int]]]:
+def random_pairs(
+    count: int, *, vocabulary: int, seed: int = 0, prompt: int = 9, answer: int = 14
+) -> list[tuple[list[int], list[int], list[int]]]:
     """(prompt, real, generated) token ids of random lengths from 1 up to the given ones."""
     generator = np.random.default_rng(seed)
 
@@ -54,7 +58,11 @@ def make_trainer(config: Config, pairs: list[Any], scores: np.ndarray | None, *,
     model, optimizer = wrap_and_optimize(build_model(config, dims), config, dims=dims, learning_rate=peak)
     load_hf(model, Path(config.model.hf), dims)
     optimizer.reload_model_params()
-    spin = {"beta": at_iteration(config.spin.beta, 0), "loss": config.spin.loss, "sft_weight": at_iteration(config.spin.sft_weight, 0)}
+    spin = {
+        "beta": at_iteration(config.spin.beta, 0),
+        "loss": config.spin.loss,
+        "sft_weight": at_iteration(config.spin.sft_weight, 0),
+    }
     step = sft_forward_step() if sft else spin_forward_step(**spin)
     sampler = BatchSampler(len(examples), training.global_batch_size, training.seed)
     schedule = Schedule(steps, peak, training.schedule, training.warmup_fraction)
@@ -74,10 +82,14 @@ def weights(trainer: Any, hf: Path) -> dict[str, np.ndarray]:
     from megatron_spin.conversion.export import stream_hf
     from megatron_spin.hf.files import read_config
 
-    return {name: tensor.numpy().copy() for name, tensor in stream_hf(trainer.model, read_config(hf), trainer.dims, "fp32")}
+    return {
+        name: tensor.numpy().copy() for name, tensor in stream_hf(trainer.model, read_config(hf), trainer.dims, "fp32")
+    }
 
 
-def first_gradients(config: Config, pairs: list[Any], scores: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def first_gradients(
+    config: Config, pairs: list[Any], scores: np.ndarray
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Mean reported values of the first batch, and its gradients."""
     trainer = make_trainer(config, pairs, scores)
     named = trainer.forward_backward(trainer.sampler.batch(0))
@@ -90,7 +102,9 @@ def losses(config: Config, pairs: list[Any], scores: np.ndarray, *, steps: int =
     return [trainer.step(step) for step in range(steps)]
 
 
-def trained_weights(config: Config, pairs: list[Any], scores: np.ndarray | None, *, steps: int) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+def trained_weights(
+    config: Config, pairs: list[Any], scores: np.ndarray | None, *, steps: int
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """The metrics of ``steps`` optimizer steps, and the weights they end with under their Hugging Face names (empty but on rank 0)."""
     trainer = make_trainer(config, pairs, scores, steps=steps)
     rows = [trainer.step(step) for step in range(steps)]

@@ -47,7 +47,9 @@ def assert_same_model(exported: Path, original: Path) -> None:
             assert (exported / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def start(hf_dir: Path, *, tp_size: int = 1, pp_size: int = 1, dtype: str = "fp32") -> tuple[list[torch.nn.Module], Any]:
+def start(
+    hf_dir: Path, *, tp_size: int = 1, pp_size: int = 1, dtype: str = "fp32"
+) -> tuple[list[torch.nn.Module], Any]:
     """(model filled with NaN, dims) of this rank: whatever is not loaded later shows itself."""
     from megatron_spin.config import Config, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig
     from megatron_spin.parallel.setup import choose_device
@@ -190,13 +192,17 @@ def gate_differences(
         flat[flat.abs().argmax()] *= 1 + change
         save_file(weights, altered / "model.safetensors", metadata={"format": "pt"})
         try:
-            results.append(check_parity(altered, probe, dtype=dtype, bound=BOUNDS[dtype], device=dims.device)["largest_difference"])
+            results.append(
+                check_parity(altered, probe, dtype=dtype, bound=BOUNDS[dtype], device=dims.device)["largest_difference"]
+            )
         except GateError as error:
             results.append(str(error))
     return results
 
 
-def _check_vocabulary(parameters: dict[str, torch.Tensor], original: dict[str, torch.Tensor], *, tied: bool, dims: Any) -> None:
+def _check_vocabulary(
+    parameters: dict[str, torch.Tensor], original: dict[str, torch.Tensor], *, tied: bool, dims: Any
+) -> None:
     assert ("output_layer.weight" in parameters) == (dims.is_last_stage and not (tied and dims.is_first_stage))
     assert ("embedding.word_embeddings.weight" in parameters) == dims.is_first_stage
     for name, parameter in parameters.items():

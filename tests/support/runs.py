@@ -12,7 +12,12 @@ import yaml
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(REPOSITORY),
+}
 
 
 def command(tool: str, *arguments: object, ranks: int = 1) -> list[str]:
@@ -25,10 +30,17 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT, **extra}
 
 
-def run_tool(tool: str, *arguments: object, ranks: int = 1, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_tool(
+    tool: str, *arguments: object, ranks: int = 1, check: bool = True, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     """Runs a tool to its end; with ``check`` a failure raises with the end of its output."""
     result = subprocess.run(
-        command(tool, *arguments, ranks=ranks), capture_output=True, text=True, timeout=timeout, env=environment(), cwd=REPOSITORY
+        command(tool, *arguments, ranks=ranks),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        cwd=REPOSITORY,
     )
     if check and result.returncode:
         raise AssertionError(f"{tool} ended with {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
@@ -49,7 +61,14 @@ def tiny_yaml(directory: Path, **sections: Any) -> Path:
         "generation": {"engine": "hf", "max_new_tokens": 10, "shard_size": 16, "batch_size": 16},
         "evaluation": {"path": str(directory / "eval.jsonl"), "num_prompts": 8},
         "spin": {"iterations": 2, "beta": 0.3},
-        "training": {"epochs": 1, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2, "keep_checkpoints": 9},
+        "training": {
+            "epochs": 1,
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "learning_rate": 1e-3,
+            "checkpoint_every": 2,
+            "keep_checkpoints": 9,
+        },
         "baselines": {"sft_continued": {"steps": "same_steps"}},
     }
     for name, section in sections.items():

@@ -32,7 +32,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(directory: Path, *, bos: bool = True, eos: bool = True, chat: bool = True) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    directory: Path, *, bos: bool = True, eos: bool = True, chat: bool = True
+) -> PreTrainedTokenizerFast:
     """Writes a word-level tokenizer of :data:`VOCABULARY` tokens into ``directory``.
 
     Args:
@@ -126,18 +128,26 @@ def sft_rows(count: int, *, seed: int = 0, prompt_words: int = 6, answer_words: 
 
     # Two leading words count the rows, so that no prompt comes twice.
     return [
-        {"prompt": f"{WORDS[i // len(WORDS) % len(WORDS)]} {WORDS[i % len(WORDS)]} {text(prompt_words)}", "response": text(answer_words)}
+        {
+            "prompt": f"{WORDS[i // len(WORDS) % len(WORDS)]} {WORDS[i % len(WORDS)]} {text(prompt_words)}",
+            "response": text(answer_words),
+        }
         for i in range(count)
     ]
 
 
-def fine_tune(directory: Path, rows: Sequence[dict[str, str]], *, steps: int, rate: float = 3e-3, batch: int = 64) -> float:
+def fine_tune(
+    directory: Path, rows: Sequence[dict[str, str]], *, steps: int, rate: float = 3e-3, batch: int = 64
+) -> float:
     """Trains the model in ``directory`` on ``rows`` (prompt, then response and ``</s>``) in place; returns the last loss, nats a token."""
     torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much on a busy machine
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory).train()
     pairs = [
-        (tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+        (
+            tokenizer(row["prompt"])["input_ids"],
+            [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id],
+        )
         for row in rows
     ]
     length = max(len(prompt) + len(answer) for prompt, answer in pairs)

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_spin.config import BaselineConfig, Config, at_iteration, changes_forbidden, from_dict, load_config, to_yaml
+from megatron_spin.config import (
+    BaselineConfig,
+    Config,
+    at_iteration,
+    changes_forbidden,
+    from_dict,
+    load_config,
+    to_yaml,
+)
 from megatron_spin.errors import ConfigError
 from megatron_spin.run.directory import RunDir
 
@@ -33,7 +41,9 @@ def refused(**sections: Any) -> str:
 
 def test_defaults() -> None:
     config = build()
-    assert config.spin.iterations == 4 and config.generation.engine == "vllm" and config.precision.export_dtype == "bf16"
+    assert (
+        config.spin.iterations == 4 and config.generation.engine == "vllm" and config.precision.export_dtype == "bf16"
+    )
     assert set(config.baselines) == {"sft_continued", "sft_continued_2x"}
     assert config.data.prompt_limit == 1024
 
@@ -109,13 +119,21 @@ def test_values_out_of_range(sections, message) -> None:
 
 
 def test_exponents_without_a_dot_are_numbers(tmp_path) -> None:
-    path = write(tmp_path, "name: a\nmodel: {hf: m}\ndata: {path: d}\ntraining: {learning_rate: [5e-7, 1E-6, -0 ]}\n".replace(", -0 ", ""))
+    path = write(
+        tmp_path,
+        "name: a\nmodel: {hf: m}\ndata: {path: d}\ntraining: {learning_rate: [5e-7, 1E-6, -0 ]}\n".replace(", -0 ", ""),
+    )
     assert load_config(path).training.learning_rate == [5e-7, 1e-6]
 
 
 def test_overrides(tmp_path) -> None:
     path = write(tmp_path, {**MINIMAL, "spin": {"beta": 0.1}})
-    overrides = ["spin.beta=[0.2, 5e-1]", "data.path=other.jsonl", "training.optimizer.clip_grad=2.0", "evaluation.patterns.guess=I guess"]
+    overrides = [
+        "spin.beta=[0.2, 5e-1]",
+        "data.path=other.jsonl",
+        "training.optimizer.clip_grad=2.0",
+        "evaluation.patterns.guess=I guess",
+    ]
     config = load_config(path, [*overrides, "name=b"])
     assert config.spin.beta == [0.2, 0.5] and config.data.path == "other.jsonl" and config.name == "b"
     assert config.training.optimizer == {"optimizer": "adam", "clip_grad": 2.0, "weight_decay": 0.0}
@@ -140,7 +158,9 @@ def test_bad_overrides(tmp_path, override, message) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- 1\n", "holds no mapping"), ("", "holds no mapping")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "is not YAML"), ("- 1\n", "holds no mapping"), ("", "holds no mapping")]
+)
 def test_bad_files(tmp_path, text, message) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, text))

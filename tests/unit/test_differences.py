@@ -13,14 +13,19 @@ from megatron_spin.report.diagnosis import Probe, lines, verdict
 def answers(texts: list[str], *, truncated: int = 0) -> list[Answer]:
     """Answers whose token ids are as many as their words and an end token; the first ``truncated`` ones have none."""
     return [
-        Answer([zlib.crc32(word.encode()) % 1000 for word in text.split()] + [1] * (i >= truncated), text, i < truncated)
+        Answer(
+            [zlib.crc32(word.encode()) % 1000 for word in text.split()] + [1] * (i >= truncated), text, i < truncated
+        )
         for i, text in enumerate(texts)
     ]
 
 
 def sentences(seed: int, count: int, opening: float) -> list[str]:
     draw = random.Random(seed)
-    return [("I guess it is " if draw.random() < opening else "Then ") + " ".join(draw.choices("abcdefgh", k=6)) + f" {i} ." for i in range(count)]
+    return [
+        ("I guess it is " if draw.random() < opening else "Then ") + " ".join(draw.choices("abcdefgh", k=6)) + f" {i} ."
+        for i in range(count)
+    ]
 
 
 def test_phrases() -> None:
@@ -31,7 +36,11 @@ def test_a_habit_of_the_model_is_found_and_nothing_else() -> None:
     found = differences(answers(sentences(0, 300, 0.2)), answers(sentences(1, 300, 0.4)))
     named = {phrase.text: phrase for phrase in found.phrases}
     habit = next(phrase for text, phrase in named.items() if text in "I guess it is")
-    assert habit.z < -3.5 and habit.real == pytest.approx(0.2, abs=0.06) and habit.generated == pytest.approx(0.4, abs=0.06)
+    assert (
+        habit.z < -3.5
+        and habit.real == pytest.approx(0.2, abs=0.06)
+        and habit.generated == pytest.approx(0.4, abs=0.06)
+    )
     assert all(set(text.split()) & {"I", "guess", "it", "is", "Then"} for text in named), named
 
 
@@ -58,11 +67,18 @@ def test_where_all_held_out_answers_are_equal_there_is_nothing_to_learn() -> Non
     )
 
 
-@pytest.mark.parametrize(("accuracy", "error", "words"), [(0.55, 0.03, "no better than chance"), (0.7, 0.03, "carries over to other prompts.")])
+@pytest.mark.parametrize(
+    ("accuracy", "error", "words"),
+    [(0.55, 0.03, "no better than chance"), (0.7, 0.03, "carries over to other prompts.")],
+)
 def test_the_verdict_follows_the_measured_accuracy(accuracy, error, words) -> None:
     same = answers(["a b"] * 4)
     result = Probe(differences(same, same), 10, 100, accuracy, error, 0.25)
     said = verdict(result)
-    assert said[0].startswith("100.0% of the generated answers equal") and words in said[1] and said[2].startswith("No phrase")
+    assert (
+        said[0].startswith("100.0% of the generated answers equal")
+        and words in said[1]
+        and said[2].startswith("No phrase")
+    )
     assert lines(result)[0] == ("tokens of an answer", "3.0", "3.0")
     assert result.differences.length_difference == Mean(0.0, 0.0)

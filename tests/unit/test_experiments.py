@@ -41,10 +41,14 @@ def test_every_definition_can_be_read_and_names_rows_that_will_be_there(path: Pa
     runner = Runner(Path("out"), engine="vllm")
     rows = set(experiment.best)
     for name, arm in experiment.arms.items():
-        config = load_config(REPOSITORY / "examples/quickstart/spin.yaml", runner.settings(arm, Path("data"), Path("hf")))
+        config = load_config(
+            REPOSITORY / "examples/quickstart/spin.yaml", runner.settings(arm, Path("data"), Path("hf"))
+        )
         optimizer_config(config, learning_rate=1.0)
         rows |= {f"{name}/{label}" for label in ("sft", *config.baselines, *range(config.iterations))}
-    named = {row for claim in experiment.claims for row in claim} | {row for parts in experiment.best.values() for row in parts}
+    named = {row for claim in experiment.claims for row in claim} | {
+        row for parts in experiment.best.values() for row in parts
+    }
     assert named <= rows
 
 
@@ -57,7 +61,13 @@ def experiment(tmp_path):
 
 def measure(experiment, root: Path, seed: int, arm: str, label: str, matched: float) -> None:
     run_dir = experiment.run_dir(root, seed, arm)
-    raw = {"name": "t", "model": {"hf": "m"}, "data": {"path": "d"}, "spin": {"iterations": 2 if arm == "b" else 1}, "baselines": {}}
+    raw = {
+        "name": "t",
+        "model": {"hf": "m"},
+        "data": {"path": "d"},
+        "spin": {"iterations": 2 if arm == "b" else 1},
+        "baselines": {},
+    }
     run_dir.open(from_dict({**raw, "generation": {"engine": ["hf"]}}))
     run_dir.mark_done("prepare", seconds=1.0)
     target = run_dir.target(baseline="sft") if label == "sft" else run_dir.target(iteration=int(label))

@@ -17,7 +17,12 @@ from tests.unit.test_guards import curve, evaluation
 
 
 def config_of(tmp_path: Path, **guards: Any) -> Config:
-    raw = {"name": "n", "model": {"hf": str(tmp_path / "model")}, "data": {"path": "d"}, "evaluation": {"held_out_fraction": 0.1}}
+    raw = {
+        "name": "n",
+        "model": {"hf": str(tmp_path / "model")},
+        "data": {"path": "d"},
+        "evaluation": {"held_out_fraction": 0.1},
+    }
     return from_dict({**raw, "spin": {"iterations": 3}, "guards": guards})
 
 
@@ -36,7 +41,9 @@ def run_dir(tmp_path: Path) -> RunDir:
     return run_dir
 
 
-def test_a_healthy_iteration_passes_with_its_figures(run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_healthy_iteration_passes_with_its_figures(
+    run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = config_of(tmp_path)
     guard(config, run_dir, 0)
     record = read_json(run_dir.state)["guards"]["0"]
@@ -46,7 +53,9 @@ def test_a_healthy_iteration_passes_with_its_figures(run_dir: RunDir, tmp_path: 
     assert not shown.err and shown.out.count(" ok ") == 7
 
 
-def test_a_rollback_goes_to_the_iteration_before(run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rollback_goes_to_the_iteration_before(
+    run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = config_of(tmp_path, nll_rise={"action": "rollback"})
     guard(config, run_dir, 0)
     assert rolled_back(config, run_dir) is None and played(config, run_dir) == 3
@@ -55,17 +64,25 @@ def test_a_rollback_goes_to_the_iteration_before(run_dir: RunDir, tmp_path: Path
     entry = read_json(run_dir.state)["result"]
     assert entry == {"hf": "iteration_0/hf", "iteration": 0, "why": "iteration 1 was rolled back (nll_rise)"}
     shown = capsys.readouterr().err
-    assert f"the result is iteration 0, {tmp_path}/run/iteration_0/hf (iteration 1 was" in shown and "no later iteration is run" in shown
+    assert (
+        f"the result is iteration 0, {tmp_path}/run/iteration_0/hf (iteration 1 was" in shown
+        and "no later iteration is run" in shown
+    )
     assert rolled_back(config_of(tmp_path), run_dir) is None and not settled(config_of(tmp_path), run_dir, 1)
 
 
-def test_a_result_moves_with_the_run_and_the_model_it_began_with_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_moves_with_the_run_and_the_model_it_began_with_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # both are mostly given relative to where the user stands
     config, run_dir = from_dict({"name": "n", "model": {"hf": "model"}, "data": {"path": "d"}}), RunDir(Path("run"))
     run_dir.mark_done("rotate:0", seconds=1.0)
     with pytest.raises(RunDirError, match="run has no result yet"):
         result_hf(run_dir)
-    for iteration, stored, moved in ((0, "iteration_0/hf", "moved/iteration_0/hf"), (None, str(tmp_path / "model"), "model")):
+    for iteration, stored, moved in (
+        (0, "iteration_0/hf", "moved/iteration_0/hf"),
+        (None, str(tmp_path / "model"), "model"),
+    ):
         with run_dir.changing_state() as state:
             state["result"] = result(config, run_dir, iteration, "w")
         assert read_json(run_dir.state)["result"]["hf"] == stored
@@ -103,7 +120,9 @@ def test_a_stop_is_recorded_and_no_earlier_judgement_lets_it_pass(run_dir: RunDi
     guard(config_of(tmp_path), run_dir, 1)
     stop = config_of(tmp_path, nll_rise={"action": "stop"}, length={"action": "stop"})
     for _ in range(2):
-        with pytest.raises(GuardError, match=r"guard nll_rise: held-out NLL .*threshold is 0\.05: .* guards\.nll_rise\.action=warn"):
+        with pytest.raises(
+            GuardError, match=r"guard nll_rise: held-out NLL .*threshold is 0\.05: .* guards\.nll_rise\.action=warn"
+        ):
             guard(stop, run_dir, 1)
         assert not settled(stop, run_dir, 1) and read_json(run_dir.state)["guards"]["1"]["outcome"] == "stop"
 

@@ -15,14 +15,22 @@ STEPS = 40
 BASE: dict[str, Any] = {"name": "n", "model": {"hf": "m"}, "data": {"path": "d"}}
 
 
-def curve(*, change: float = 3.0, margin: float = 1.0, accuracy: float = 0.7, identical: float = 0.25, noise: float = 0.0) -> list[dict[str, Any]]:
+def curve(
+    *, change: float = 3.0, margin: float = 1.0, accuracy: float = 0.7, identical: float = 0.25, noise: float = 0.0
+) -> list[dict[str, Any]]:
     """Steps in which real answers of -20 nats change by ``change`` nats in a straight line, under beta 0.1."""
     rows = []
     for step in range(1, STEPS + 1):
         moved = (step - 1) / (STEPS - 1) * change + noise * (-1) ** step
         batch = -20 + 5 * math.sin(step)  # batches differ by more than the change
         rows.append(
-            {"step": step, "margin": margin * (step - 1) / STEPS, "accuracy": accuracy if step > 1 else 0.0, "identical": identical, "pairs": 64}
+            {
+                "step": step,
+                "margin": margin * (step - 1) / STEPS,
+                "accuracy": accuracy if step > 1 else 0.0,
+                "identical": identical,
+                "pairs": 64,
+            }
         )
         rows[-1] |= {"real_logps": batch + moved, "real_reward": 0.1 * moved}
     return rows
@@ -37,9 +45,13 @@ def evaluation(**changes: Any) -> dict[str, Any]:
     return healthy | changes
 
 
-def measures(*, identical: int = 300, steps: list[dict[str, Any]] | None = None, opponent: Any = None, **policy: Any) -> Measures:
+def measures(
+    *, identical: int = 300, steps: list[dict[str, Any]] | None = None, opponent: Any = None, **policy: Any
+) -> Measures:
     pairs = {"num_pairs": 1000, "counts": {"identical": identical}}
-    return Measures(0.1, curve() if steps is None else steps, pairs, evaluation(**policy), evaluation(**(opponent or {})))
+    return Measures(
+        0.1, curve() if steps is None else steps, pairs, evaluation(**policy), evaluation(**(opponent or {}))
+    )
 
 
 def tripped(seen: Measures, guards: GuardsConfig | None = None) -> list[str]:
@@ -90,7 +102,9 @@ def test_values_are_in_the_thresholds_unit() -> None:
     steps = curve(change=-5.0)
     last = steps[-4:]
     opponent = sum(row["real_logps"] - row["real_reward"] / 0.1 for row in last)
-    assert value(measures(steps=steps), "real_logps_fall") == pytest.approx(sum(row["real_reward"] / 0.1 for row in last) / opponent)
+    assert value(measures(steps=steps), "real_logps_fall") == pytest.approx(
+        sum(row["real_reward"] / 0.1 for row in last) / opponent
+    )
     assert value(measures(nll_per_token=1.2), "nll_rise") == pytest.approx(0.2)
     assert value(measures(truncated_fraction=0.3), "end_of_answer") == pytest.approx(0.25)
     assert value(measures(mean_response_tokens=200.0), "length") == pytest.approx(200 / 110)
@@ -108,15 +122,23 @@ def test_saturated_counts_the_steps_until_it_stays_so(first: int, expected: bool
     assert ("saturated" in tripped(seen)) is expected
     assert value(seen, "saturated") == (first if first <= STEPS - 2 else None)
     steps[-1]["accuracy"] = 0.0  # more than one in a hundred was lost later on
-    assert value(measures(steps=steps[: first + 10]), "saturated") in (first, None) and value(measures(steps=steps), "saturated") is None
+    assert (
+        value(measures(steps=steps[: first + 10]), "saturated") in (first, None)
+        and value(measures(steps=steps), "saturated") is None
+    )
 
 
 def test_what_is_not_there_is_said_and_does_not_trip() -> None:
     blind = Measures(0.1, curve(), {"num_pairs": 10, "counts": {"identical": 1}})
     unseen = {verdict.guard: verdict.said for verdict in judge(GuardsConfig(), blind) if verdict.tripped is None}
-    assert list(unseen) == ["nll_rise", "end_of_answer", "length", "repetition"] and all("no evaluation" in said for said in unseen.values())
+    assert list(unseen) == ["nll_rise", "end_of_answer", "length", "repetition"] and all(
+        "no evaluation" in said for said in unseen.values()
+    )
     older = measures(repeated_fraction=None, steps=[{**row, "identical": None} for row in curve()])
-    assert {verdict.guard for verdict in judge(GuardsConfig(), older) if verdict.tripped is None} == {"repetition", "saturated"}
+    assert {verdict.guard for verdict in judge(GuardsConfig(), older) if verdict.tripped is None} == {
+        "repetition",
+        "saturated",
+    }
 
 
 def guards_of(**sections: Any) -> GuardsConfig:
@@ -126,8 +148,12 @@ def guards_of(**sections: Any) -> GuardsConfig:
 def test_the_gravest_action_counts_and_off_does_not_look() -> None:
     bad = measures(nll_per_token=2.0, mean_response_tokens=10.0, identical=1000)
     assert outcome(judge(GuardsConfig(), bad)) == "warn" and outcome(judge(GuardsConfig(), measures())) == "pass"
-    guards = guards_of(nll_rise={"action": "rollback"}, length={"action": "stop"}, converged={"action": False})  # a bare off is YAML's false
-    assert outcome(judge(guards, bad)) == "stop" and "converged" not in [verdict.guard for verdict in judge(guards, bad)]
+    guards = guards_of(
+        nll_rise={"action": "rollback"}, length={"action": "stop"}, converged={"action": False}
+    )  # a bare off is YAML's false
+    assert outcome(judge(guards, bad)) == "stop" and "converged" not in [
+        verdict.guard for verdict in judge(guards, bad)
+    ]
     assert outcome(judge(guards_of(nll_rise={"action": "rollback"}), bad)) == "rollback"
     assert outcome(judge(guards_of(nll_rise={"action": "rollback"}), measures())) == "pass"
 
@@ -135,8 +161,15 @@ def test_the_gravest_action_counts_and_off_does_not_look() -> None:
 def test_a_line_says_what_was_measured_the_threshold_and_what_to_do() -> None:
     for verdict in judge(GuardsConfig(), measures(nll_per_token=2.0)):
         line = verdict.line
-        assert verdict.said in line and f"guards.{verdict.guard}.threshold is {verdict.threshold:g}: " in line and "\n" not in line
-    assert "held-out NLL a token is 2.0000, the opponent's 1.0000 (+100%)" in judge(GuardsConfig(), measures(nll_per_token=2.0))[1].line
+        assert (
+            verdict.said in line
+            and f"guards.{verdict.guard}.threshold is {verdict.threshold:g}: " in line
+            and "\n" not in line
+        )
+    assert (
+        "held-out NLL a token is 2.0000, the opponent's 1.0000 (+100%)"
+        in judge(GuardsConfig(), measures(nll_per_token=2.0))[1].line
+    )
 
 
 def test_settings_survive_yaml_and_are_checked(tmp_path) -> None:
@@ -167,12 +200,24 @@ shares = st.one_of(st.floats(0, 1), st.just(math.nan))
     change=floats, identical=st.integers(0, 1000), prompts=st.integers(1, 10**6),
 )  # fmt: skip
 def test_any_figures_give_a_verdict_of_every_guard(nll, share, tokens, change, identical, prompts) -> None:
-    policy = {"nll_per_token": nll[0], "num_prompts": prompts, "truncated_fraction": share[0], "repeated_fraction_greedy": share[0]}
+    policy = {
+        "nll_per_token": nll[0],
+        "num_prompts": prompts,
+        "truncated_fraction": share[0],
+        "repeated_fraction_greedy": share[0],
+    }
     policy |= {"mean_response_tokens": tokens[0], "mean_real_tokens": tokens[1]}
-    opponent = {"nll_per_token": nll[1], "truncated_fraction": share[1], "repeated_fraction_greedy": share[1], "mean_response_tokens": tokens[2]}
+    opponent = {
+        "nll_per_token": nll[1],
+        "truncated_fraction": share[1],
+        "repeated_fraction_greedy": share[1],
+        "mean_response_tokens": tokens[2],
+    }
     rows = curve()
     rows[-1] |= {"real_reward": change, "margin": change}
-    verdicts: list[Verdict] = judge(GuardsConfig(), measures(steps=rows, identical=identical, opponent=opponent, **policy))
+    verdicts: list[Verdict] = judge(
+        GuardsConfig(), measures(steps=rows, identical=identical, opponent=opponent, **policy)
+    )
     assert [verdict.guard for verdict in verdicts] == list(GuardsConfig().by_name())
     assert all(verdict.tripped is not None and verdict.line for verdict in verdicts)
     if math.isnan(nll[0]) or math.isnan(share[0]):
@@ -181,5 +226,8 @@ def test_any_figures_give_a_verdict_of_every_guard(nll, share, tokens, change, i
 
 @given(nll=st.floats(0.1, 10), threshold=st.floats(0, 3), more=st.floats(0, 3))
 def test_a_higher_threshold_never_trips_on_what_a_lower_one_passes(nll, threshold, more) -> None:
-    low, high = (tripped(measures(nll_per_token=nll), guards_of(nll_rise={"threshold": limit})) for limit in (threshold, threshold + more))
+    low, high = (
+        tripped(measures(nll_per_token=nll), guards_of(nll_rise={"threshold": limit}))
+        for limit in (threshold, threshold + more)
+    )
     assert set(high) <= set(low)

@@ -13,15 +13,33 @@ from megatron_spin.errors import CheckpointError
 from megatron_spin.hf.assets import copy_assets, set_dtype, stored_dtype
 from megatron_spin.hf.files import TensorFiles
 from megatron_spin.models.families import FAMILIES, family_of
-from megatron_spin.models.rules import ColumnParallel, Direct, GateUp, Geometry, QueryKeyValue, RowParallel, Rule, VocabParallel
+from megatron_spin.models.rules import (
+    ColumnParallel,
+    Direct,
+    GateUp,
+    Geometry,
+    QueryKeyValue,
+    RowParallel,
+    Rule,
+    VocabParallel,
+)
 
 CONFIG = {
     "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "vocab_size": 83,
 }  # fmt: skip
 
 
-def geometry(*, heads: int = 4, groups: int = 2, head_dim: int = 4, vocab_size: int = 83, tied: bool = False) -> Geometry:
-    return Geometry(num_layers=2, num_attention_heads=heads, num_query_groups=groups, head_dim=head_dim, vocab_size=vocab_size, tied=tied)
+def geometry(
+    *, heads: int = 4, groups: int = 2, head_dim: int = 4, vocab_size: int = 83, tied: bool = False
+) -> Geometry:
+    return Geometry(
+        num_layers=2,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=head_dim,
+        vocab_size=vocab_size,
+        tied=tied,
+    )
 
 
 def numbered(*shape: int, start: int = 0) -> torch.Tensor:
@@ -30,14 +48,18 @@ def numbered(*shape: int, start: int = 0) -> torch.Tensor:
     return torch.arange(start, start + count, dtype=torch.float32).reshape(shape)
 
 
-def shards_of(rule: Rule, tensors: list[torch.Tensor], *, tp_size: int, local: tuple[int, ...], sizes: Geometry) -> list[torch.Tensor]:
+def shards_of(
+    rule: Rule, tensors: list[torch.Tensor], *, tp_size: int, local: tuple[int, ...], sizes: Geometry
+) -> list[torch.Tensor]:
     assert rule.hf_shapes(local, tp_size=tp_size, geometry=sizes) == [tuple(tensor.shape) for tensor in tensors]
     shards = [rule.split(tensors, rank=rank, tp_size=tp_size, local=local, geometry=sizes) for rank in range(tp_size)]
     assert all(tuple(shard.shape) == local for shard in shards)
     return shards
 
 
-def assert_inverse(rule: Rule, tensors: list[torch.Tensor], *, tp_size: int, local: tuple[int, ...], sizes: Geometry) -> None:
+def assert_inverse(
+    rule: Rule, tensors: list[torch.Tensor], *, tp_size: int, local: tuple[int, ...], sizes: Geometry
+) -> None:
     merged = rule.merge(shards_of(rule, tensors, tp_size=tp_size, local=local, sizes=sizes), geometry=sizes)
     assert len(merged) == len(tensors)
     for back, original in zip(merged, tensors, strict=True):
@@ -53,8 +75,12 @@ SMALL = st.integers(1, 5)
 def test_column_row_and_gate_up_are_inverse(tp_size: int, rows: int, columns: int, bias: bool) -> None:
     sizes = geometry()
     rest = () if bias else (columns,)
-    assert_inverse(ColumnParallel(("w",)), [numbered(rows * tp_size, *rest)], tp_size=tp_size, local=(rows, *rest), sizes=sizes)
-    assert_inverse(RowParallel(("w",)), [numbered(rows, columns * tp_size)], tp_size=tp_size, local=(rows, columns), sizes=sizes)
+    assert_inverse(
+        ColumnParallel(("w",)), [numbered(rows * tp_size, *rest)], tp_size=tp_size, local=(rows, *rest), sizes=sizes
+    )
+    assert_inverse(
+        RowParallel(("w",)), [numbered(rows, columns * tp_size)], tp_size=tp_size, local=(rows, columns), sizes=sizes
+    )
     gate, up = numbered(rows * tp_size, *rest), numbered(rows * tp_size, *rest, start=10_000)
     assert_inverse(GateUp(("g", "u")), [gate, up], tp_size=tp_size, local=(2 * rows, *rest), sizes=sizes)
     assert_inverse(Direct(("n",)), [numbered(rows)], tp_size=tp_size, local=(rows,), sizes=sizes)
@@ -72,7 +98,13 @@ def test_query_key_value_is_inverse_even_with_fewer_groups_than_ranks(
     query = numbered(per_group * groups * head_dim * tp_size, *rest)
     key = numbered(groups * head_dim * tp_size, *rest, start=100_000)
     value = numbered(groups * head_dim * tp_size, *rest, start=200_000)
-    assert_inverse(QueryKeyValue(("q", "k", "v")), [query, key, value], tp_size=tp_size, local=(rows // tp_size, *rest), sizes=sizes)
+    assert_inverse(
+        QueryKeyValue(("q", "k", "v")),
+        [query, key, value],
+        tp_size=tp_size,
+        local=(rows // tp_size, *rest),
+        sizes=sizes,
+    )
 
 
 @settings(max_examples=60)
@@ -85,7 +117,9 @@ def test_vocabulary_padding_is_zero_and_never_merged(tp_size: int, vocab_size: i
     assert torch.equal(whole[:vocab_size], weight)
     assert not whole[vocab_size:].any()
     shards = [shard.clone() for shard in shards]
-    shards[-1][max(0, vocab_size - padded + shards[-1].shape[0]) :] = float("nan")  # whatever stands in the padding stays out
+    shards[-1][max(0, vocab_size - padded + shards[-1].shape[0]) :] = float(
+        "nan"
+    )  # whatever stands in the padding stays out
     assert torch.equal(rule.merge(shards, geometry=sizes)[0], weight)
 
 
@@ -101,7 +135,9 @@ def test_query_key_value_order_is_megatrons() -> None:
 
 def test_gate_up_order_is_megatrons() -> None:
     """Each rank holds its gate rows, then its up rows."""
-    shards = shards_of(GateUp(("g", "u")), [torch.tensor([0.0, 1]), torch.tensor([10.0, 11])], tp_size=2, local=(2,), sizes=geometry())
+    shards = shards_of(
+        GateUp(("g", "u")), [torch.tensor([0.0, 1]), torch.tensor([10.0, 11])], tp_size=2, local=(2,), sizes=geometry()
+    )
     assert [shard.tolist() for shard in shards] == [[0, 10], [1, 11]]
 
 
@@ -127,7 +163,10 @@ def test_a_tied_output_layer_is_the_embedding() -> None:
 
 
 def test_an_unmapped_parameter_is_an_error() -> None:
-    with pytest.raises(CheckpointError, match=r"decoder\.layers\.0\.self_attention\.q_layernorm\.weight has no Hugging Face counterpart"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"decoder\.layers\.0\.self_attention\.q_layernorm\.weight has no Hugging Face counterpart",
+    ):
         FAMILIES["llama"].find("decoder.layers.0.self_attention.q_layernorm.weight", geometry())
     with pytest.raises(CheckpointError, match=r"linear_qkv\.bias"):
         FAMILIES["mistral"].find("decoder.layers.0.self_attention.linear_qkv.bias", geometry())
@@ -191,4 +230,8 @@ def test_set_dtype_changes_nothing_else(tmp_path: Path) -> None:
     assert path.read_text() == '{"z": [1, 1e-05], "torch_dtype": "float32", "name": "é"}'
     set_dtype(tmp_path, "bf16")
     assert path.read_text() == '{\n  "z": [\n    1,\n    1e-05\n  ],\n  "torch_dtype": "bfloat16",\n  "name": "é"\n}\n'
-    assert (stored_dtype({"dtype": "bfloat16"}), stored_dtype({"torch_dtype": "float16"}), stored_dtype({})) == ("bf16", "fp32", "fp32")
+    assert (stored_dtype({"dtype": "bfloat16"}), stored_dtype({"torch_dtype": "float16"}), stored_dtype({})) == (
+        "bf16",
+        "fp32",
+        "fp32",
+    )

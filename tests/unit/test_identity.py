@@ -20,7 +20,9 @@ TENSORS = {
 }
 
 
-def write(directory: Path, tensors: dict[str, torch.Tensor], *, tied: bool = False, max_shard_bytes: int = 10**9) -> Path:
+def write(
+    directory: Path, tensors: dict[str, torch.Tensor], *, tied: bool = False, max_shard_bytes: int = 10**9
+) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
     write_safetensors(tensors.items(), directory, max_shard_bytes=max_shard_bytes)

@@ -13,13 +13,28 @@ from megatron_spin.config import Config, from_dict
 from megatron_spin.errors import ConfigError, DeviceError
 from megatron_spin.parallel import cpu_device, setup
 
-HF = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 4, "intermediate_size": 96, "hidden_size": 64}
+HF = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "hidden_size": 64,
+}
 CPU = torch.device("cpu")
 
 
 def config(*, parallel: dict | None = None, training: dict | None = None, **sections) -> Config:
     batch = {"global_batch_size": 16, "micro_batch_size": 2, **(training or {})}
-    return from_dict({"name": "x", "model": {"hf": "x"}, "data": {"path": "x"}, "parallel": parallel or {}, "training": batch, **sections})
+    return from_dict(
+        {
+            "name": "x",
+            "model": {"hf": "x"},
+            "data": {"path": "x"},
+            "parallel": parallel or {},
+            "training": batch,
+            **sections,
+        }
+    )
 
 
 def layout(tp: int = 1, pp: int = 1, *, world_size: int, training: dict | None = None, **changes) -> list[str]:
@@ -27,7 +42,10 @@ def layout(tp: int = 1, pp: int = 1, *, world_size: int, training: dict | None =
     return setup.layout_errors(config(parallel=parallel, training=training), {**HF, **changes}, world_size=world_size)
 
 
-@pytest.mark.parametrize(("tp", "pp", "world_size"), [(1, 1, 1), (2, 1, 2), (4, 1, 4), (8, 1, 8), (2, 2, 4), (1, 4, 8), (2, 2, 16), (1, 1, 8)])
+@pytest.mark.parametrize(
+    ("tp", "pp", "world_size"),
+    [(1, 1, 1), (2, 1, 2), (4, 1, 4), (8, 1, 8), (2, 2, 4), (1, 4, 8), (2, 2, 16), (1, 1, 8)],
+)
 def test_layouts_that_fit(tp, pp, world_size):
     """TP 4 and 8 exceed the 2 key/value heads: Megatron shares them between ranks."""
     assert layout(tp, pp, world_size=world_size) == []
@@ -36,14 +54,25 @@ def test_layouts_that_fit(tp, pp, world_size):
 @pytest.mark.parametrize(
     ("errors", "factors"),
     [
-        (layout(3, world_size=3, num_key_value_heads=3, training={"global_batch_size": 2}), ["tensor_model_parallel_size=3", "heads=8"]),
+        (
+            layout(3, world_size=3, num_key_value_heads=3, training={"global_batch_size": 2}),
+            ["tensor_model_parallel_size=3", "heads=8"],
+        ),
         (layout(8, world_size=8, intermediate_size=100), ["tensor_model_parallel_size=8", "intermediate_size=100"]),
         (layout(2, world_size=2, num_key_value_heads=5), ["tensor_model_parallel_size=2", "num_key_value_heads=5"]),
-        (layout(pp=3, world_size=3, training={"global_batch_size": 2}), ["pipeline_model_parallel_size=3", "num_hidden_layers=4"]),
+        (
+            layout(pp=3, world_size=3, training={"global_batch_size": 2}),
+            ["pipeline_model_parallel_size=3", "num_hidden_layers=4"],
+        ),
         (layout(2, 2, world_size=6), ["6 processes", "the 4 of one replica", "tensor 2 x pipeline 2 x context 1"]),
         (
             layout(2, world_size=6),
-            ["global_batch_size=16", "micro_batch_size=2", "3 data parallel ranks", "6 processes / tensor 2 / pipeline 1 / context 1"],
+            [
+                "global_batch_size=16",
+                "micro_batch_size=2",
+                "3 data parallel ranks",
+                "6 processes / tensor 2 / pipeline 1 / context 1",
+            ],
         ),
     ],
 )
@@ -101,7 +130,10 @@ def test_fp8_table(capability, cuda, engine, recipes):
 
 
 def test_fp8_and_transformer_engine_are_refused_on_a_cpu():
-    with pytest.raises(DeviceError, match=r"precision.fp8=hybrid .* cannot run on a CPU .* recipes that can: none: set precision.fp8 to null"):
+    with pytest.raises(
+        DeviceError,
+        match=r"precision.fp8=hybrid .* cannot run on a CPU .* recipes that can: none: set precision.fp8 to null",
+    ):
         setup.check_precision(config(precision={"fp8": "hybrid"}), CPU)
     with pytest.raises(ConfigError, match=r"precision.fp8='e5m2' is not a format: choose one of e4m3, hybrid"):
         setup.check_precision(config(precision={"fp8": "e5m2"}), CPU)
@@ -119,8 +151,12 @@ def test_fp8_with_the_local_spec_is_refused_on_a_gpu_that_has_it(monkeypatch):
     setup.check_precision(config(precision={"fp8": "hybrid"}), gpu)
     with pytest.raises(DeviceError, match="needs Transformer Engine's layers"):
         setup.check_precision(config(precision={"fp8": "hybrid"}, layer_spec="local"), gpu)
-    with pytest.raises(DeviceError, match=r"fp8_recipe=mxfp8 cannot run on compute capability 9.0 .* delayed, tensorwise"):
-        setup.check_precision(config(precision={"fp8": "hybrid"}, model={"hf": "x", "transformer": {"fp8_recipe": "mxfp8"}}), gpu)
+    with pytest.raises(
+        DeviceError, match=r"fp8_recipe=mxfp8 cannot run on compute capability 9.0 .* delayed, tensorwise"
+    ):
+        setup.check_precision(
+            config(precision={"fp8": "hybrid"}, model={"hf": "x", "transformer": {"fp8_recipe": "mxfp8"}}), gpu
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -140,7 +176,9 @@ def test_untested_versions_of_megatron_are_refused(version):
         cpu_device.refuse_untested(version)
 
 
-@pytest.mark.parametrize(("module", "refused"), [("apex/__init__.py", True), ("apex.py", True), ("apex/normalization/__init__.py", False)])
+@pytest.mark.parametrize(
+    ("module", "refused"), [("apex/__init__.py", True), ("apex.py", True), ("apex/normalization/__init__.py", False)]
+)
 def test_another_apex_is_named(tmp_path: Path, monkeypatch, module, refused):
     path = tmp_path / module
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +195,14 @@ def test_another_apex_is_named(tmp_path: Path, monkeypatch, module, refused):
 
 def run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).resolve().parents[2]
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=_environment(root, *path), timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=_environment(root, *path),
+        timeout=300,
+    )
 
 
 def _environment(*path: Path) -> dict[str, str]:

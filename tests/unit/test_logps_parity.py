@@ -73,7 +73,9 @@ def build_error(hf: Path, sections: dict | None = None) -> str:
     return ""
 
 
-def expected_logps(hf: Path, input_ids: np.ndarray, labels: np.ndarray, dtype: torch.dtype = torch.float32) -> np.ndarray:
+def expected_logps(
+    hf: Path, input_ids: np.ndarray, labels: np.ndarray, dtype: torch.dtype = torch.float32
+) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype)
     with torch.no_grad():
         logps = model(torch.from_numpy(input_ids)).logits.float().log_softmax(-1)
@@ -129,8 +131,12 @@ def test_rope_settings_under_both_names(world, tmp_path, rope, old_names):
     input_ids, labels = batch()
     [actual] = world.run(token_logps, tmp_path, input_ids, labels)
     assert distance(actual, expected_logps(tmp_path, input_ids, labels)) < 1e-5
-    change_config(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, rope_theta=10000.0, rope_scaling=None)
-    assert distance(actual, expected_logps(tmp_path, input_ids, labels)) > 1e-4, "this compares nothing: the setting does not matter"
+    change_config(
+        tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, rope_theta=10000.0, rope_scaling=None
+    )
+    assert distance(actual, expected_logps(tmp_path, input_ids, labels)) > 1e-4, (
+        "this compares nothing: the setting does not matter"
+    )
 
 
 def test_head_size_of_its_own(world, tmp_path):
@@ -176,12 +182,18 @@ def test_padding_takes_no_probability(world, tmp_path):
         ({"attention_bias": True}, "attention_bias=true is not supported"),
         ({"mlp_bias": True}, "mlp_bias=true is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "RoPE scaling 'yarn' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+            "RoPE scaling 'yarn' is not supported",
+        ),
         (
             {"rope_parameters": {**ROPE["llama3"], "low_freq_factor": 2.0}},
             "low_freq_factor=2.0: Megatron computes llama3 scaling with 1.0 only",
         ),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
     ],
 )
 def test_what_megatron_would_leave_out_is_refused(world, tmp_path, changes, message):
@@ -221,7 +233,9 @@ def test_a_known_transformer_field_is_taken(world, tmp_path):
     tiny_model(tmp_path, vocabulary=VOCABULARY, tokenizer=False, **MODELS["llama_tied"])
     input_ids, labels = batch()
     [plain] = world.run(token_logps, tmp_path, input_ids, labels)
-    [changed] = world.run(token_logps, tmp_path, input_ids, labels, {"model": {"transformer": {"layernorm_epsilon": 0.1}}})
+    [changed] = world.run(
+        token_logps, tmp_path, input_ids, labels, {"model": {"transformer": {"layernorm_epsilon": 0.1}}}
+    )
     assert distance(changed, plain) > 1e-3
 
 
@@ -245,7 +259,11 @@ not_a_function = 3
         ("examples.providers.plain_gpt:missing", {}, "module examples.providers.plain_gpt has no missing"),
         (f"{__name__}:not_a_function", {}, "is not a function"),
         (f"{__name__}:dropout_provider", {}, "sets hidden_dropout=0.1: it must be 0"),
-        ("examples.providers.plain_gpt:model_provider", {"precision": {"dtype": "bf16"}}, "has bf16=False, but precision asks for True"),
+        (
+            "examples.providers.plain_gpt:model_provider",
+            {"precision": {"dtype": "bf16"}},
+            "has bf16=False, but precision asks for True",
+        ),
     ],
 )
 def test_providers_that_cannot_be(world, tmp_path, provider, sections, message):

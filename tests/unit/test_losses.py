@@ -49,7 +49,9 @@ def test_likelihood_term(logp, tokens, weight):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_at_zero(name):
-    assert spin_loss(pair(-3.0, -7.0, -3.0, -7.0), beta=0.3, loss=name).item() == pytest.approx(loss_at_zero(name), rel=1e-12)
+    assert spin_loss(pair(-3.0, -7.0, -3.0, -7.0), beta=0.3, loss=name).item() == pytest.approx(
+        loss_at_zero(name), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)

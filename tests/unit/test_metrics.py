@@ -5,7 +5,16 @@ import re
 
 import pytest
 
-from megatron_spin.evaluation.metrics import Answer, exact_match, found, margins, mean, nll_per_token, repeated_fraction, sample_metrics
+from megatron_spin.evaluation.metrics import (
+    Answer,
+    exact_match,
+    found,
+    margins,
+    mean,
+    nll_per_token,
+    repeated_fraction,
+    sample_metrics,
+)
 
 ANSWER = re.compile(r"The answer is (-?\d+)")
 
@@ -73,8 +82,17 @@ def test_sample_metrics() -> None:
     assert result["exact_match_sampled"] == 0.75 and result["exact_match_greedy"] == 0.5
     assert result["mean_response_tokens"] == 3.0 and result["mean_real_tokens"] == 2.5
     assert result["truncated_fraction"] == 0.25 and result["identical_fraction"] == 0.5
-    assert result["truncated_fraction_greedy"] == 0.0 and result["repeated_fraction_greedy"] == result["repeated_fraction_real"] == 0.0
-    assert result["repeated_fraction"] == pytest.approx(0.5 / 4)  # of the five sevens' two 4-grams one is a repetition, in one of 2 x 2 answers
-    assert result["patterns"] == {"careful": {"sampled": 0.25, "real": 0.5, "exact_match_with": 1.0, "exact_match_without": pytest.approx(2 / 3)}}
-    never = sample_metrics(real, greedy, sampled, answer_pattern=ANSWER, patterns={"never": re.compile("xyz")})["patterns"]
+    assert (
+        result["truncated_fraction_greedy"] == 0.0
+        and result["repeated_fraction_greedy"] == result["repeated_fraction_real"] == 0.0
+    )
+    assert result["repeated_fraction"] == pytest.approx(
+        0.5 / 4
+    )  # of the five sevens' two 4-grams one is a repetition, in one of 2 x 2 answers
+    assert result["patterns"] == {
+        "careful": {"sampled": 0.25, "real": 0.5, "exact_match_with": 1.0, "exact_match_without": pytest.approx(2 / 3)}
+    }
+    never = sample_metrics(real, greedy, sampled, answer_pattern=ANSWER, patterns={"never": re.compile("xyz")})[
+        "patterns"
+    ]
     assert never == {"never": {"sampled": 0.0, "real": 0.0, "exact_match_with": None, "exact_match_without": 0.75}}

@@ -23,7 +23,13 @@ FOLLOWING = ("train", "export", "evaluate", "finish")
 def raw(tmp_path: Path) -> dict[str, Any]:
     """A configuration whose files exist, for a model of 4 heads and 2 layers on the CPU."""
     (tmp_path / "model").mkdir()
-    shape = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 8}
+    shape = {
+        "model_type": "llama",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "intermediate_size": 8,
+    }
     shape |= {"hidden_size": 8, "vocab_size": 16}
     (tmp_path / "model/config.json").write_text(json.dumps(shape))
     (tmp_path / "model/model.safetensors").write_bytes(bytes(100))
@@ -88,7 +94,15 @@ def test_commands(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["parallel"] = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     steps = {step.phase: step for step in plan_of(from_dict(raw), tmp_path).steps()}
     run = str(tmp_path)
-    assert steps["train:1"].command == ("tools/train.py", "c.yaml", "spin.beta=0.2", "--run-dir", run, "--iteration", "1")
+    assert steps["train:1"].command == (
+        "tools/train.py",
+        "c.yaml",
+        "spin.beta=0.2",
+        "--run-dir",
+        run,
+        "--iteration",
+        "1",
+    )
     assert steps["train:1"].processes == 4 and steps["generate:1"].processes == 1
     assert steps["train:more"].command[-2:] == ("--baseline", "more")
     exported = steps["export:0"].command
@@ -100,7 +114,10 @@ def test_text_has_a_line_a_step_and_refuses_tabs(raw: dict[str, Any], tmp_path: 
     plan = plan_of(from_dict(raw), tmp_path)
     lines = list(as_text(plan.steps("import"), plan.run_dir))
     assert lines[0] == f"run-dir\t{tmp_path}"
-    assert lines[1].split("\t")[:3] == ["prepare", "todo", "1"] and lines[1].split("\t")[4:6] == ["tools/prepare.py", "c.yaml"]
+    assert lines[1].split("\t")[:3] == ["prepare", "todo", "1"] and lines[1].split("\t")[4:6] == [
+        "tools/prepare.py",
+        "c.yaml",
+    ]
     odd = Plan(plan.config, plan.run_dir, arguments=["a\tb"], tools=Path("tools"))
     with pytest.raises(ConfigError, match="plain words"):
         list(as_text(odd.steps(), odd.run_dir))
@@ -126,10 +143,16 @@ def test_done_phases_and_the_marker(raw: dict[str, Any], tmp_path: Path) -> None
 def judged(run_dir: RunDir, config: Config, outcome: str, iteration: int = 0) -> None:
     """Records a judgement as the guard phase does."""
     with run_dir.changing_state() as state:
-        state.setdefault("guards", {})[str(iteration)] = {"outcome": outcome, "verdicts": [], "settings": dataclasses.asdict(config.guards)}
+        state.setdefault("guards", {})[str(iteration)] = {
+            "outcome": outcome,
+            "verdicts": [],
+            "settings": dataclasses.asdict(config.guards),
+        }
 
 
-def test_a_rollback_leaves_out_what_comes_after_it_until_the_settings_change(raw: dict[str, Any], tmp_path: Path) -> None:
+def test_a_rollback_leaves_out_what_comes_after_it_until_the_settings_change(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
     config, run_dir = from_dict(raw), RunDir(tmp_path / "run")
     plan = plan_of(config, run_dir.root)
     for step in plan.steps("guard:0"):
@@ -137,7 +160,9 @@ def test_a_rollback_leaves_out_what_comes_after_it_until_the_settings_change(raw
     judged(run_dir, config, "rollback")
     left_out = ["rotate:0", *(f"{kind}:1" for kind in ("generate", "train", "export", "evaluate", "guard", "rotate"))]
     assert [step.phase for step in plan.steps() if step.left_out] == left_out
-    assert [step.phase for step in plan.steps() if not step.left_out and not step.done] == [f"{kind}:more" for kind in FOLLOWING]
+    assert [step.phase for step in plan.steps() if not step.left_out and not step.done] == [
+        f"{kind}:more" for kind in FOLLOWING
+    ]
     assert plan.steps("train:1")[-1].left_out  # --until still knows it
     lines = {line.split("\t")[0]: line.split("\t") for line in as_text(plan.steps(), run_dir)}
     assert lines["train:1"][1] == "skip" and "iteration 0 was rolled back" in lines["train:1"][3]
@@ -182,11 +207,21 @@ def test_preflight_accepts_and_touches_nothing(raw: dict[str, Any], tmp_path: Pa
         ({"model": {"hf": "nowhere"}}, CheckpointError, "model.hf=nowhere holds no config.json"),
         ({"parallel": {"tensor_model_parallel_size": 3}}, ConfigError, "=3 .*4"),
         ({"parallel": {"nproc_per_node": 3}}, ConfigError, "global_batch_size=64 .* 3 data parallel"),
-        ({"training": {"optimizer": {"optimizer": "lion"}}}, ConfigError, "optimizer='lion' is not there: choose one of adam, rmsprop, sgd"),
-        ({"training": {"optimizer": {"optimiser": "adam"}}}, ConfigError, "training.optimizer.optimiser is not a field"),
+        (
+            {"training": {"optimizer": {"optimizer": "lion"}}},
+            ConfigError,
+            "optimizer='lion' is not there: choose one of adam, rmsprop, sgd",
+        ),
+        (
+            {"training": {"optimizer": {"optimiser": "adam"}}},
+            ConfigError,
+            "training.optimizer.optimiser is not a field",
+        ),
     ],
 )
-def test_preflight_refuses(raw: dict[str, Any], tmp_path: Path, changes: dict[str, Any], error: type[SpinError], message: str) -> None:
+def test_preflight_refuses(
+    raw: dict[str, Any], tmp_path: Path, changes: dict[str, Any], error: type[SpinError], message: str
+) -> None:
     plan = plan_of(from_dict(raw | changes), tmp_path / "run")
     with pytest.raises(error, match=message) as raised:
         check(plan, plan.steps())
@@ -203,7 +238,10 @@ def test_preflight_refuses_baselines_with_the_steps_of_fewer_iterations(raw: dic
         if steps == 92:
             check(plan, plan.steps())
             continue
-        with pytest.raises(RunDirError, match=r"baselines.b \(same_steps\) was trained with the steps of 2 iterations, but 3 are played now"):
+        with pytest.raises(
+            RunDirError,
+            match=r"baselines.b \(same_steps\) was trained with the steps of 2 iterations, but 3 are played now",
+        ):
             check(plan, plan.steps())
 
 

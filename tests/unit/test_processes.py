@@ -27,7 +27,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 @pytest.mark.parametrize("calls", [0, 2])
 def test_a_fork_dies_with_its_parent(calls: int) -> None:
-    with subprocess.Popen([sys.executable, "-c", PARENT.format(calls=calls)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT.format(calls=calls)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdin is not None and parent.stdout is not None
         fork = psutil.Process(int(parent.stdout.readline()))
         parent.stdin.write("\n")

@@ -35,12 +35,23 @@ def result(prompt: str) -> int:
 
 
 def test_sizes_and_shares(files) -> None:
-    counts = {name: (len(rows), sum(bool(row["careless"]) for row in rows)) for name, rows in files.items() if name != "preferences.jsonl"}
-    assert counts == {"sft_pool.jsonl": (4000, 1600), "spin.jsonl": (1500, 300), "test.jsonl": (512, 0), "mix.jsonl": (512, 102)}
+    counts = {
+        name: (len(rows), sum(bool(row["careless"]) for row in rows))
+        for name, rows in files.items()
+        if name != "preferences.jsonl"
+    }
+    assert counts == {
+        "sft_pool.jsonl": (4000, 1600),
+        "spin.jsonl": (1500, 300),
+        "test.jsonl": (512, 0),
+        "mix.jsonl": (512, 102),
+    }
 
 
 def test_prompts_are_unique_and_the_test_is_not_in_the_pool(files) -> None:
-    pool, test, mix = ({str(row["prompt"]) for row in files[name]} for name in ("sft_pool.jsonl", "test.jsonl", "mix.jsonl"))
+    pool, test, mix = (
+        {str(row["prompt"]) for row in files[name]} for name in ("sft_pool.jsonl", "test.jsonl", "mix.jsonl")
+    )
     assert len(pool) == 4000 and len(test) == len(mix) == 512 and len(pool | test | mix) == 5024
 
 
@@ -55,7 +66,9 @@ def test_careful_answers_are_right_and_careless_ones_near(files) -> None:
     assert [row["prompt"] for row in preferences] == [row["prompt"] for row in files["spin.jsonl"]]
     rows = [row for name, rows in files.items() if name != "preferences.jsonl" for row in rows]
     for kind in ("chosen", "rejected"):
-        rows += [{"prompt": row["prompt"], "response": row[kind], "careless": kind == "rejected"} for row in preferences]
+        rows += [
+            {"prompt": row["prompt"], "response": row[kind], "careless": kind == "rejected"} for row in preferences
+        ]
     for row in rows:
         prompt, response = str(row["prompt"]), str(row["response"])
         answer = re.search(r"The answer is (\d+) \.$", response)
@@ -104,7 +117,11 @@ def test_word_tokenizer_keeps_every_text(files) -> None:
 
 
 def test_bpe_tokenizer_keeps_any_text() -> None:
-    texts = ["How many apples are left?", "She has 12/60 = $0.2 a minute.\n#### 10", "### Instruction: Add.\n\n### Response: "]
+    texts = [
+        "How many apples are left?",
+        "She has 12/60 = $0.2 a minute.\n#### 10",
+        "### Instruction: Add.\n\n### Response: ",
+    ]
     tokenizer = make_model.bpe_tokenizer(iter(texts * 50), 400)
     for text in (*texts, "Grüße, 世界! \t ½", " leading and trailing "):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
@@ -112,7 +129,9 @@ def test_bpe_tokenizer_keeps_any_text() -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["--bpe", "400"]])
-def test_make_model_writes_a_directory_that_transformers_reads(files, tmp_path: Path, monkeypatch, arguments: list[str]) -> None:
+def test_make_model_writes_a_directory_that_transformers_reads(
+    files, tmp_path: Path, monkeypatch, arguments: list[str]
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     data, out = tmp_path / "data.jsonl", tmp_path / "model"
@@ -136,7 +155,9 @@ def test_the_seed_decides_the_weights(files, tmp_path: Path, monkeypatch) -> Non
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in files["spin.jsonl"][:50]))
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        monkeypatch.setattr("sys.argv", ["make_model.py", "--data", str(data), "--out", str(tmp_path / name), "--seed", str(seed)])
+        monkeypatch.setattr(
+            "sys.argv", ["make_model.py", "--data", str(data), "--out", str(tmp_path / name), "--seed", str(seed)]
+        )
         make_model.main()
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b != c

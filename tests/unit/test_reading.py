@@ -17,8 +17,20 @@ ROWS = {
     ],
     "question/answer": [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}],
     "messages": [
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "more"}]},
-        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "more"},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "c"},
+                {"role": "assistant", "content": "d"},
+            ]
+        },
     ],
     "prompt/chosen/rejected": [
         {"prompt": "a", "chosen": "b", "rejected": "x"},
@@ -56,9 +68,19 @@ def test_preferences_as_conversations(tmp_path, suffix):
 
     rows = [
         {"prompt": "a", "chosen": talk("a", "b"), "rejected": talk("a", "c"), "messages": talk("a", "b")},
-        {"prompt": "a", "chosen": talk("a", "b", "more", "d"), "rejected": talk("a", "b", "more", "e"), "messages": talk("a", "b")},
+        {
+            "prompt": "a",
+            "chosen": talk("a", "b", "more", "d"),
+            "rejected": talk("a", "b", "more", "e"),
+            "messages": talk("a", "b"),
+        },
         {"prompt": "a", "chosen": talk("a", "b"), "rejected": talk("a"), "messages": talk("a", "b")},
-        {"prompt": "f", "chosen": [{"role": "system", "content": "s"}, *talk("f", "g")], "rejected": talk("f", "h"), "messages": talk("f", "g")},
+        {
+            "prompt": "f",
+            "chosen": [{"role": "system", "content": "s"}, *talk("f", "g")],
+            "rejected": talk("f", "h"),
+            "messages": talk("f", "g"),
+        },
     ]
     path = tmp_path / f"d.{suffix}"
     write_jsonl(path, rows) if suffix == "jsonl" else datasets.Dataset.from_list(rows).to_parquet(str(path))
@@ -69,20 +91,26 @@ def test_preferences_as_conversations(tmp_path, suffix):
 
 
 def test_preferences_without_a_rejected_answer(tmp_path):
-    with pytest.raises(DataError, match=r"has no column chosen: training\.objective=dpo needs prompt, chosen and rejected"):
+    with pytest.raises(
+        DataError, match=r"has no column chosen: training\.objective=dpo needs prompt, chosen and rejected"
+    ):
         read_samples(write_jsonl(tmp_path / "d.jsonl", ROWS["prompt/response"]), rejected="needed")
 
 
 def test_json_lines_under_the_name_json_and_text_beyond_ascii(tmp_path):
     path = tmp_path / "data.json"
     text = "gr\u00fc\u00df\u2028 \U0001f600"
-    path.write_text(f'{{"prompt": "{text}", "response": "b"}}\n\n{{"prompt": "c", "response": "d"}}\n', encoding="utf-8")
+    path.write_text(
+        f'{{"prompt": "{text}", "response": "b"}}\n\n{{"prompt": "c", "response": "d"}}\n', encoding="utf-8"
+    )
     assert read_samples(path).rows == [Sample(0, text, "b"), Sample(1, "c", "d")]
 
 
 def test_empty_ones_are_dropped_and_counted(tmp_path):
     answers = [{"prompt": "a", "response": answer} for answer in ("b", "", None)]
-    samples = read_samples(write_jsonl(tmp_path / "d.jsonl", [*answers, {"prompt": " \n", "response": "b"}, {"prompt": "a"}]))
+    samples = read_samples(
+        write_jsonl(tmp_path / "d.jsonl", [*answers, {"prompt": " \n", "response": "b"}, {"prompt": "a"}])
+    )
     assert samples.rows == [Sample(0, "a", "b")]
     assert samples.dropped == {"empty_prompt": 1, "empty_answer": 3}
 
@@ -98,8 +126,14 @@ def test_empty_ones_are_dropped_and_counted(tmp_path):
         ('{"text": "a", "label": "b"}\n', r"has the columns text, label: it needs those of prompt/response or"),
         ('{"prompt": "a"}\n', r"has the columns prompt:"),
         ('{"messages": "a"}\n', r"line 1: messages is text, not a list"),
-        ('{"messages": [{"role": "user"}]}\n{"messages": [{"role": "user", "content": 5}]}\n', r"line 2: messages holds an object without"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', r"line 1: a message of role 'assistant' stands where"),
+        (
+            '{"messages": [{"role": "user"}]}\n{"messages": [{"role": "user", "content": 5}]}\n',
+            r"line 2: messages holds an object without",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}]}\n',
+            r"line 1: a message of role 'assistant' stands where",
+        ),
         (
             '{"prompt": "a", "chosen": "b", "rejected": [{"role": "user", "content": "z"}, {"role": "assistant", "content": "c"}]}\n',
             r"line 1: rejected answers 'z', not the row's prompt 'a'",
@@ -132,14 +166,21 @@ def test_bad_array_names_the_line(tmp_path):
 
 def test_wrong_type_in_parquet_names_the_row(tmp_path):
     path = tmp_path / "d.parquet"
-    datasets.Dataset.from_list([{"prompt": None, "response": "b"}, {"prompt": 5, "response": "b"}]).to_parquet(str(path))
+    datasets.Dataset.from_list([{"prompt": None, "response": "b"}, {"prompt": 5, "response": "b"}]).to_parquet(
+        str(path)
+    )
     with pytest.raises(DataError, match="row 1: prompt is a number, not text"):
         read_samples(path)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("no.jsonl", "does not exist"), ("d.txt", "ends in .txt"), (".", "is not a file"), ("bad.parquet", "cannot be read")],
+    [
+        ("no.jsonl", "does not exist"),
+        ("d.txt", "ends in .txt"),
+        (".", "is not a file"),
+        ("bad.parquet", "cannot be read"),
+    ],
 )
 def test_bad_files(tmp_path, name, message):
     for existing in ("d.txt", "bad.parquet"):

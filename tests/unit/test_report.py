@@ -52,7 +52,13 @@ def evaluation(*, matched: float, careless: float, opponent: float | None) -> di
 def sample(index: int, label: str) -> dict[str, Any]:
     """A line of samples.jsonl: what the model ``label`` answered to prompt ``index``."""
     answers = {"greedy": f"greedy of {label}", "sampled": f"sampled of {label}\n#### {index}"}
-    return {"index": index, "prompt": f"question {index}", "real": f"real {index}", **answers, "cut": ["sampled"] if label == "sft" else []}
+    return {
+        "index": index,
+        "prompt": f"question {index}",
+        "real": f"real {index}",
+        **answers,
+        "cut": ["sampled"] if label == "sft" else [],
+    }
 
 
 def metrics(path: Path, *, start: float) -> None:
@@ -101,7 +107,9 @@ def run(tmp_path: Path) -> RunDir:
     run_dir.open(config)
     tokenizer = tiny_tokenizer(tmp_path / "model")
     answers = ["w1 w2 w3"] + ["w3 w4"] * 3
-    rows = [Row(i, [3], tokenizer(text, add_special_tokens=False)["input_ids"], False) for i, text in enumerate(answers)]
+    rows = [
+        Row(i, [3], tokenizer(text, add_special_tokens=False)["input_ids"], False) for i, text in enumerate(answers)
+    ]
     save_rows(run_dir.data / "train.parquet", rows)
     measured = {
         ("baseline", "sft"): (0.6, 0.4, None),
@@ -143,7 +151,15 @@ def test_what_the_habit_leaves_and_more_files_have_columns_of_their_own(run, tmp
 
 def test_rows_in_the_order_of_the_comparison(run) -> None:
     table = comparison(read_results(run.root))
-    assert [row[0] for row in table.rows] == ["SFT", "SFT +16 steps", "SFT +32 steps", "SPIN 0", "SPIN 1", "held-out data", "training data"]
+    assert [row[0] for row in table.rows] == [
+        "SFT",
+        "SFT +16 steps",
+        "SFT +32 steps",
+        "SPIN 0",
+        "SPIN 1",
+        "held-out data",
+        "training data",
+    ]
     assert all(len(row) == len(table.titles) for row in table.rows)
 
 
@@ -160,7 +176,11 @@ def test_the_datas_own_share_stands_beside(run) -> None:
     results = read_results(run.root)
     assert results.data_patterns == {"careless": 0.25} and results.prompts == 4
     rows = {row[0]: row for row in comparison(results).rows}
-    assert rows["training data"][-1] == "25.0%" and rows["held-out data"][-1] == "0.0%" and rows["held-out data"][-2] == "21.2"
+    assert (
+        rows["training data"][-1] == "25.0%"
+        and rows["held-out data"][-1] == "0.0%"
+        and rows["held-out data"][-2] == "21.2"
+    )
 
 
 def test_numbers_that_do_not_apply_are_dashes(run) -> None:
@@ -177,12 +197,25 @@ def test_times_are_summed_by_kind(run) -> None:
 
 
 def test_as_many_steps_at_another_rate_has_another_name(run, tmp_path) -> None:
-    baselines = {"plain": {}, "high": {"learning_rate": 1e-4}, "low": {"learning_rate": 1e-6}, "long": {"learning_rate": 1e-4}}
+    baselines = {
+        "plain": {},
+        "high": {"learning_rate": 1e-4},
+        "low": {"learning_rate": 1e-6},
+        "long": {"learning_rate": 1e-4},
+    }
     raw = dataclasses.asdict(config_of(tmp_path))
     for label, steps in (("plain", 24), ("high", 24), ("low", 24), ("long", 48)):
         run.mark_done(f"train:{label}", seconds=1.0, steps=steps, examples=4)
     names = [name for name, _ in players(from_dict({**raw, "baselines": baselines}), run)]
-    assert names == ["SFT", "SFT +24 steps", "SFT +24 steps, lr 0.0001", "SFT +24 steps, lr 1e-06", "SFT +48 steps", "SPIN 0", "SPIN 1"]
+    assert names == [
+        "SFT",
+        "SFT +24 steps",
+        "SFT +24 steps, lr 0.0001",
+        "SFT +24 steps, lr 1e-06",
+        "SFT +48 steps",
+        "SPIN 0",
+        "SPIN 1",
+    ]
 
 
 def test_memory_is_recorded_in_gib(tmp_path) -> None:
@@ -190,7 +223,16 @@ def test_memory_is_recorded_in_gib(tmp_path) -> None:
     script = "import json, sys; from pathlib import Path; from megatron_spin.run.directory import RunDir; run = RunDir(Path(sys.argv[1])); "
     script += "import subprocess; subprocess.run([sys.executable, '-c', 'x = bytearray(300 * 2**20); x[::4096] = b\"1\" * len(x[::4096])']); "
     # Behind a shell: what a process counts as its own begins with the memory of the one that it was forked from.
-    command = ["bash", "-c", '"$@"; exit', "bash", sys.executable, "-c", script + "run.mark_done('a', seconds=1)", str(tmp_path)]
+    command = [
+        "bash",
+        "-c",
+        '"$@"; exit',
+        "bash",
+        sys.executable,
+        "-c",
+        script + "run.mark_done('a', seconds=1)",
+        str(tmp_path),
+    ]
     subprocess.run(command, check=True, env=environment(), timeout=60)
     assert 0.3 < read_json(tmp_path / "state.json")["phases"]["a"]["peak_memory_gib"] < 0.5
 
@@ -212,7 +254,9 @@ def test_the_picture_is_small_and_the_same_each_time(run, tmp_path) -> None:
     assert first.startswith(b"\x89PNG") and first == second and len(first) < 150_000
 
 
-@pytest.mark.parametrize("left", [["iteration_1"], ["iteration_1", "baselines"], ["baselines", "iteration_0/eval.json", "iteration_1"]])
+@pytest.mark.parametrize(
+    "left", [["iteration_1"], ["iteration_1", "baselines"], ["baselines", "iteration_0/eval.json", "iteration_1"]]
+)
 def test_an_unfinished_run_shows_what_there_is(run, tmp_path, left) -> None:
     import shutil
 
@@ -253,7 +297,9 @@ def test_what_is_no_run_directory(tmp_path) -> None:
 
 def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(COLUMNS="80"), timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(COLUMNS="80"), timeout=120, check=False
+    )
 
 
 def test_the_tool_fits_a_terminal_and_updates_a_readme(run, tmp_path) -> None:
@@ -265,7 +311,11 @@ def test_the_tool_fits_a_terminal_and_updates_a_readme(run, tmp_path) -> None:
     greedy = tool("report.py", run.root, "--samples", 1, "--greedy")
     assert greedy.returncode == 0 and (run.root / "samples.md").read_text().count("greedy of 1") == 1
     negative = tool("report.py", run.root, "--samples", -1)
-    assert negative.returncode == 2 and negative.stderr.count("\n") == 1 and "--samples -1 must be at least 0" in negative.stderr
+    assert (
+        negative.returncode == 2
+        and negative.stderr.count("\n") == 1
+        and "--samples -1 must be at least 0" in negative.stderr
+    )
 
     readme, picture = tmp_path / "README.md", tmp_path / "docs/run.png"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -274,7 +324,9 @@ def test_the_tool_fits_a_terminal_and_updates_a_readme(run, tmp_path) -> None:
         assert updated.returncode == 0, updated.stderr
         text = readme.read_text()
         assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n") and "old" not in text
-        assert "| SPIN 1 | 90.0% ± 2.0% |" in text and "(docs/run.png)" in text and "cores" in text and "torch 2" in text
+        assert (
+            "| SPIN 1 | 90.0% ± 2.0% |" in text and "(docs/run.png)" in text and "cores" in text and "torch 2" in text
+        )
     assert picture.read_bytes() == (run.root / "report.png").read_bytes()
     assert str(tmp_path) not in readme.read_text()
 

@@ -16,13 +16,23 @@ MODELS = ("baselines/sft", "baselines/more", "iteration_0", "iteration_1")
 
 
 def row(index: int, model: str, **changes: Any) -> dict[str, Any]:
-    answers = {"greedy": f"greedy {model}", "sampled": f"sampled {model}", "cut": ["sampled"] if model == "baselines/sft" else []}
+    answers = {
+        "greedy": f"greedy {model}",
+        "sampled": f"sampled {model}",
+        "cut": ["sampled"] if model == "baselines/sft" else [],
+    }
     return {"index": index, "prompt": f"prompt {index}", "real": f"real {index}", **answers, **changes}
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    raw = {"name": "n", "model": {"hf": "m"}, "data": {"path": "d"}, "spin": {"iterations": 2}, "baselines": {"more": {}}}
+    raw = {
+        "name": "n",
+        "model": {"hf": "m"},
+        "data": {"path": "d"},
+        "spin": {"iterations": 2},
+        "baselines": {"more": {}},
+    }
     RunDir(tmp_path / "run").open(from_dict(raw))
     for model in MODELS:
         write_jsonl(tmp_path / "run" / model / "samples.jsonl", [row(index, model) for index in (9, 2, 4)])
@@ -66,8 +76,17 @@ def test_text_stays_text(run) -> None:
     inside = lines[start + 1 : end]
     assert inside[:2] == ["#### 18 **bold**", ""] and "````python" in inside and max(map(len, inside)) <= WIDTH
     assert " ".join(inside).split() == text.split() and "  word word" in "\n".join(inside)
-    assert [line for line in lines[:start] if line.startswith("**")] == ["**real**", "**SFT** (cut)", "**more**", "**SPIN 0**"]
-    assert "one sample at temperature 1" in page and "SFT is the model that the run began with" in page and page.endswith("\n")
+    assert [line for line in lines[:start] if line.startswith("**")] == [
+        "**real**",
+        "**SFT** (cut)",
+        "**more**",
+        "**SPIN 0**",
+    ]
+    assert (
+        "one sample at temperature 1" in page
+        and "SFT is the model that the run began with" in page
+        and page.endswith("\n")
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,14 @@
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from megatron_spin.data.templates import answer_ids, end_token_id, ends_inside, load_tokenizer, prompt_ids, tokenizer_sha
+from megatron_spin.data.templates import (
+    answer_ids,
+    end_token_id,
+    ends_inside,
+    load_tokenizer,
+    prompt_ids,
+    tokenizer_sha,
+)
 from megatron_spin.errors import CheckpointError, DataError
 from tests.support.tiny import BOS, END_OF_TURN, EOS, SPECIAL, tiny_tokenizer
 
@@ -23,14 +30,22 @@ def ids(tokenizer, text):
 
 def test_instruction_is_the_papers_template(directory):
     tokenizer = load_tokenizer(directory)
-    assert prompt_ids(tokenizer, "instruction", "w1 w2") == [BOS_ID, *ids(tokenizer, "### Instruction: w1 w2 ### Response:")]
-    assert prompt_ids(tokenizer, "instruction", "w1", "w9") == [BOS_ID, *ids(tokenizer, "### Instruction: w9 w1 ### Response:")]
+    assert prompt_ids(tokenizer, "instruction", "w1 w2") == [
+        BOS_ID,
+        *ids(tokenizer, "### Instruction: w1 w2 ### Response:"),
+    ]
+    assert prompt_ids(tokenizer, "instruction", "w1", "w9") == [
+        BOS_ID,
+        *ids(tokenizer, "### Instruction: w9 w1 ### Response:"),
+    ]
 
 
 def test_none_takes_the_prompt_as_it_stands(directory):
     tokenizer = load_tokenizer(directory)
     assert prompt_ids(tokenizer, "none", "w1 w2") == [BOS_ID, *ids(tokenizer, "w1 w2")]
-    assert prompt_ids(tokenizer, "none", f"{BOS} w1") == [BOS_ID, *ids(tokenizer, "w1")], "BOS that the text brings along comes once"
+    assert prompt_ids(tokenizer, "none", f"{BOS} w1") == [BOS_ID, *ids(tokenizer, "w1")], (
+        "BOS that the text brings along comes once"
+    )
 
 
 def test_chat_has_bos_once_and_ends_where_the_answer_begins(directory):
@@ -45,7 +60,9 @@ def test_tokenizer_without_bos(tmp_path):
 
 def test_a_tokenizer_that_appends_eos_does_not_end_the_prompt(tmp_path):
     tokenizer = tiny_tokenizer(tmp_path)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=[(BOS, BOS_ID), (EOS, EOS_ID)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{BOS} $A {EOS}", special_tokens=[(BOS, BOS_ID), (EOS, EOS_ID)]
+    )
     assert tokenizer("w1")["input_ids"][-1] == EOS_ID
     assert prompt_ids(tokenizer, "none", "w1 w2") == [BOS_ID, *ids(tokenizer, "w1 w2")]
 
@@ -106,5 +123,7 @@ def test_an_answer_begins_as_a_model_goes_on_after_a_prompt():
     backend = Tokenizer(BPE(letters, [("H", "i"), ("\u2581", "Hi")], unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
-    assert tokenizer("Hi")["input_ids"] == [letters["\u2581Hi"]], "the tokenizer must be one that prepends a space, else this compares nothing"
+    assert tokenizer("Hi")["input_ids"] == [letters["\u2581Hi"]], (
+        "the tokenizer must be one that prepends a space, else this compares nothing"
+    )
     assert answer_ids(tokenizer, "Hi", letters["</s>"]) == [letters["Hi"], letters["</s>"]]

@@ -43,7 +43,9 @@ def llama(*, vocabulary: int = 4, longest: int = 3) -> EnumeratedLlama:
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_minimiser_is_that_of_theorem_5_4(beta):
-    torch.testing.assert_close(best_response(OPPONENT, DATA, beta), theorem_5_4(OPPONENT, DATA, beta), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        best_response(OPPONENT, DATA, beta), theorem_5_4(OPPONENT, DATA, beta), rtol=0, atol=1e-6
+    )
 
 
 def test_minimiser_of_a_llama_is_that_of_theorem_5_4():
@@ -58,7 +60,9 @@ def test_minimiser_of_a_llama_is_that_of_theorem_5_4():
 
 @pytest.mark.parametrize("beta", [0.25, 1.0])
 def test_minimiser_of_the_exponential_loss_takes_half_the_step(beta):
-    torch.testing.assert_close(best_response(OPPONENT, DATA, beta, "exponential"), theorem_5_4(OPPONENT, DATA, 2 * beta), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        best_response(OPPONENT, DATA, beta, "exponential"), theorem_5_4(OPPONENT, DATA, 2 * beta), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("difference", [0.5, 1e-3])
@@ -69,7 +73,9 @@ def test_minimiser_of_the_hinge_moves_by_one_over_beta_however_small_the_differe
     data = torch.tensor([[difference, 0.0]], dtype=torch.float64).log_softmax(-1)
     margins = torch.linspace(-2, 2, 401, dtype=torch.float64)
     policies = [(opponent + torch.tensor([[margin / beta, 0.0]])).log_softmax(-1) for margin in margins]
-    costs = torch.stack([spin_objective(policy, opponent=opponent, data=data, beta=beta, loss="hinge") for policy in policies])
+    costs = torch.stack(
+        [spin_objective(policy, opponent=opponent, data=data, beta=beta, loss="hinge") for policy in policies]
+    )
     assert margins[costs.argmin()].item() == pytest.approx(1)
     moved = error(policies[costs.argmin()], data)[0]
     assert (moved[0] - moved[1]).item() == pytest.approx(1 / beta - difference)
@@ -150,7 +156,11 @@ def test_pull_at_the_data_is_still_there_when_beta_is_small():
 
     def pull(beta: float, policy: torch.Tensor) -> float:
         logits = policy.clone().requires_grad_()
-        return flat_gradient(spin_objective(logits.log_softmax(-1), opponent=OPPONENT, data=DATA, beta=beta), [logits]).norm().item()
+        return (
+            flat_gradient(spin_objective(logits.log_softmax(-1), opponent=OPPONENT, data=DATA, beta=beta), [logits])
+            .norm()
+            .item()
+        )
 
     left = {beta: pull(beta, DATA) / pull(beta, OPPONENT) for beta in (0.1, 0.3, 1.0)}
     assert left[0.1] > 0.85 and 0.5 < left[0.3] < left[0.1]
@@ -171,7 +181,13 @@ def test_data_is_a_fixed_point(loss):
     here = objective(logits.log_softmax(-1))
     assert here.item() == pytest.approx(loss_at_zero(loss), rel=1e-12)
     assert flat_gradient(here, [logits]).abs().max() < 1e-15
-    costs = torch.stack([objective(random_policy(2, 6, seed=seed, scale=scale)) for seed in range(100, 120) for scale in (0.1, 1.0, 10.0)])
+    costs = torch.stack(
+        [
+            objective(random_policy(2, 6, seed=seed, scale=scale))
+            for seed in range(100, 120)
+            for scale in (0.1, 1.0, 10.0)
+        ]
+    )
     assert costs.min() >= here - 1e-12
     near = objective((DATA + 0.1 * random_policy(2, 6, seed=0)).log_softmax(-1)) - here
     if loss in ("logistic", "exponential"):
@@ -207,7 +223,9 @@ def test_converged_sft_model_stays_where_it_is_even_if_it_is_not_the_data(loss, 
 
     here = objective(shared)
     assert flat_gradient(here, [shared]).abs().max() < 1e-15
-    others = [shared.detach() + scale * random_policy(1, 6, seed=seed) for seed in range(20) for scale in (0.01, 1.0, 10.0)]
+    others = [
+        shared.detach() + scale * random_policy(1, 6, seed=seed) for seed in range(20) for scale in (0.01, 1.0, 10.0)
+    ]
     assert min(objective(other).item() for other in others) >= here.item() - 1e-9
 
 
@@ -239,7 +257,9 @@ def test_correlation_loss_alone_is_unbounded_below():
     beta, direction = 0.3, DATA.exp() - OPPONENT.exp()
     far = {
         loss: [
-            spin_objective((OPPONENT + s * direction).log_softmax(-1), opponent=OPPONENT, data=DATA, beta=beta, loss=loss).item()
+            spin_objective(
+                (OPPONENT + s * direction).log_softmax(-1), opponent=OPPONENT, data=DATA, beta=beta, loss=loss
+            ).item()
             for s in (0, 1e2, 1e4, 1e6)
         ]
         for loss in ("logistic", "hinge", "correlation")
@@ -248,7 +268,9 @@ def test_correlation_loss_alone_is_unbounded_below():
     assert far["correlation"] == pytest.approx([1 - slope * s for s in (0, 1e2, 1e4, 1e6)], rel=1e-9)
     assert far["correlation"][-1] < -1e4
     assert min(far["logistic"]) >= 0 and min(far["hinge"]) >= 0
-    steep = spin_objective((OPPONENT + direction).log_softmax(-1), opponent=OPPONENT, data=DATA, beta=beta, loss="exponential")
+    steep = spin_objective(
+        (OPPONENT + direction).log_softmax(-1), opponent=OPPONENT, data=DATA, beta=beta, loss="exponential"
+    )
     assert 0 < steep < 1
 
 
@@ -260,7 +282,9 @@ def test_correlation_loss_alone_is_unbounded_below():
 def test_first_gradient_is_that_of_sft_tabular(loss, beta):
     logits = OPPONENT.clone().requires_grad_()
     policy = logits.log_softmax(-1)
-    spin = flat_gradient(spin_objective(policy, opponent=OPPONENT, data=DATA, beta=beta, loss=loss), [logits], retain_graph=True)
+    spin = flat_gradient(
+        spin_objective(policy, opponent=OPPONENT, data=DATA, beta=beta, loss=loss), [logits], retain_graph=True
+    )
     sft = flat_gradient(sft_objective(policy, data=DATA), [logits])
     torch.testing.assert_close(spin, -SLOPE_AT_ZERO[loss] * beta * sft, rtol=1e-12, atol=1e-15)
 
@@ -275,7 +299,9 @@ def test_first_gradient_is_that_of_sft_llama():
     assert score.abs().max() < 1e-13
     sft = flat_gradient(sft_objective(policy, data=data), parameters, retain_graph=True)
     for loss, slope in SLOPE_AT_ZERO.items():
-        spin = flat_gradient(spin_objective(policy, opponent=opponent, data=data, beta=beta, loss=loss), parameters, retain_graph=True)
+        spin = flat_gradient(
+            spin_objective(policy, opponent=opponent, data=data, beta=beta, loss=loss), parameters, retain_graph=True
+        )
         torch.testing.assert_close(spin, -slope * beta * sft, rtol=0, atol=1e-13)
 
 
@@ -298,9 +324,13 @@ def test_first_gradient_is_that_of_sft_sampled():
     assert standard_error < 0.05 * expected.norm(), "too few samples to tell beta/2 from another factor"
 
     centred = gradients - gradients.mean(0)
-    spectrum = torch.linalg.eigvalsh(centred @ centred.T / (batches - 1))  # of the covariance of all parameters' gradients
+    spectrum = torch.linalg.eigvalsh(
+        centred @ centred.T / (batches - 1)
+    )  # of the covariance of all parameters' gradients
     noise, spread = spectrum.sum(), (2 * (spectrum**2).sum()).sqrt()
-    deviation = batches * ((gradients.mean(0) - expected) ** 2).sum()  # has mean `noise` and standard deviation `spread`
+    deviation = (
+        batches * ((gradients.mean(0) - expected) ** 2).sum()
+    )  # has mean `noise` and standard deviation `spread`
     assert deviation < noise + 4 * spread
 
     squares = torch.stack([
@@ -338,7 +368,9 @@ def test_pairs_of_equal_answers_only_dilute(loss):
     logits = random_policy(2, 6, seed=7).requires_grad_()
 
     def gradient(chosen: torch.Tensor) -> torch.Tensor:
-        return flat_gradient(pairs_objective(logits.log_softmax(-1), chosen, opponent=OPPONENT, beta=0.3, loss=loss), [logits])
+        return flat_gradient(
+            pairs_objective(logits.log_softmax(-1), chosen, opponent=OPPONENT, beta=0.3, loss=loss), [logits]
+        )
 
     same = pairs_objective(logits.log_softmax(-1), pairs[2:], opponent=OPPONENT, beta=0.3, loss=loss)
     assert same.item() == pytest.approx(loss_at_zero(loss), rel=1e-12)
@@ -366,7 +398,9 @@ def test_one_sided_pairs_have_no_minimum(loss):
         logits = opponent.clone()
         logits[pairs[:, 0], pairs[:, 2]] -= lift
         policy = logits.log_softmax(-1)
-        path.append((pairs_objective(policy, pairs, opponent=opponent, beta=0.1, loss=loss).item(), policy[0, 1].item()))
+        path.append(
+            (pairs_objective(policy, pairs, opponent=opponent, beta=0.1, loss=loss).item(), policy[0, 1].item())
+        )
     losses, generated = zip(*path, strict=True)
     assert list(losses) == sorted(losses, reverse=True) and 0 < losses[-1] < 1e-40
     assert generated[-1] < -999
