@@ -46,11 +46,12 @@ test: setup ## the tests, at most 15 minutes on two cores
 test-slow: setup ## the long tests, at most 45 minutes more
 	$(RUN) -m pytest -m slow
 
-lint: setup ## ruff, mypy, shellcheck and the floors of the rooms (who may import whom)
+lint: setup ## ruff, mypy, import-linter, codespell and shellcheck over everything
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy megatron_spin
 	$(VENV)/bin/lint-imports --no-logo --no-cache
+	$(VENV)/bin/codespell
 	$(VENV)/bin/shellcheck .ci/run $$(find . -path './.*' -prune -o -path ./runs -prune -o \( -name '*.sh' -o -name '*.sbatch' \) -print)
 
 quickstart: setup ## self-play end to end on this machine; DATA=path.jsonl for your own SFT data [EVAL= OUT= ENGINE= SEED=]

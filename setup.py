@@ -43,9 +43,11 @@ setup(
         ],  # examples/smollm2 reads a model in GGUF, which transformers does with these two
         "eval": [],  # lm-eval comes with its runner
         "dev": [
+            "codespell",
             "hypothesis",
             "import-linter",
             "mypy",
+            "pre-commit",
             "pytest",
             "pytest-timeout",
             "ruff",
