@@ -53,12 +53,17 @@ class ParallelConfig:
     nproc_per_node: int | None = None
     """Processes the driver starts on each node; null: one a GPU, or on a CPU as many as one model replica needs."""
 
+    @property
+    def replica_size(self) -> int:
+        """Processes that one copy of the model is spread over."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Compute dtype; main weights and optimizer state are fp32 either way."""
-    fp8: str | None = None
+    fp8: Literal["e4m3", "hybrid"] | None = None
     """Transformer Engine FP8 format; refused where there is no FP8."""
     export: Literal["fp32", "bf16"] | None = None
     """Dtype of the exported model, hence of the opponent; null: the compute dtype."""
@@ -381,9 +386,7 @@ def _check(config: Config) -> None:
             "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1: set it to false"
         )
     if parallel.nproc_per_node is not None:
-        replica = (
-            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-        )
+        replica = parallel.replica_size
         if parallel.nproc_per_node % replica and replica % parallel.nproc_per_node:
             raise ConfigError(
                 f"parallel.nproc_per_node={parallel.nproc_per_node} and the {replica} ranks of a model replica do not divide each other"

@@ -19,7 +19,7 @@ from megatron_spin.hf.identity import IdentityHasher, tensor_digest
 from megatron_spin.models.families import Family, family_of
 from megatron_spin.models.rules import Geometry, Shape
 from megatron_spin.parallel.collectives import gather_objects, raised_everywhere
-from megatron_spin.parallel.setup import ParallelDims
+from megatron_spin.parallel.dims import ParallelDims
 
 MARKER = "export.json"
 """Written into every export: its identity and dtype, and what the gate measured. Only a directory that holds it is ever replaced."""

@@ -13,7 +13,7 @@ from megatron_spin.hf.identity import is_buffer, is_tied_copy
 from megatron_spin.models.families import family_of
 from megatron_spin.models.rules import Geometry
 from megatron_spin.parallel.collectives import gather_objects, raised_everywhere
-from megatron_spin.parallel.setup import ParallelDims
+from megatron_spin.parallel.dims import ParallelDims
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from megatron_spin.data.batches import Example, collate, sequence_length
 from megatron_spin.errors import CheckpointError, GateError
 from megatron_spin.hf.logps import TokenIds, hf_token_logps, load_model
 from megatron_spin.io import atomic_writer
+from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.pipeline import run_schedule
-from megatron_spin.parallel.setup import ParallelDims
 from megatron_spin.training.forward_step import probe_forward_step
 
 PROBE_FILE = "probe.safetensors"

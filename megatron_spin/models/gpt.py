@@ -20,7 +20,8 @@ from megatron_spin.errors import ConfigError
 from megatron_spin.models.attention import SDPAttention
 from megatron_spin.models.norm import RMSNorm
 from megatron_spin.models.precision import precision_fields
-from megatron_spin.parallel.setup import ParallelDims, layer_spec
+from megatron_spin.parallel.dims import ParallelDims
+from megatron_spin.parallel.kernels import layer_spec
 
 OWNED = {
     **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16", "autocast_dtype"), "precision.dtype"),

@@ -11,7 +11,7 @@ from megatron_spin.hf.files import DTYPES
 
 
 def precision_fields(config: Config) -> dict[str, Any]:
-    """The ``TransformerConfig`` fields that ``precision`` stands for; whether FP8 exists here was checked before (parallel/setup.py)."""
+    """The ``TransformerConfig`` fields that ``precision`` stands for; parallel/fp8.py checked before whether FP8 exists here."""
     dtype = DTYPES[config.precision.dtype]
     return {
         "params_dtype": dtype,

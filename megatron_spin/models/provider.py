@@ -1,7 +1,5 @@
 """Models are built here and nowhere else: by our provider from a Hugging Face config, or by the user's, with Megatron's signature."""
 
-import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +11,14 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_spin.config import Config
+from megatron_spin.config.named import load_named
 from megatron_spin.errors import ConfigError
 from megatron_spin.hf.files import read_config
 from megatron_spin.models.gpt import gpt_model
 from megatron_spin.models.precision import allowed_dtypes, in_precision
 from megatron_spin.models.vocabulary import mask_padding
 from megatron_spin.parallel.cpu_device import megatron_region
-from megatron_spin.parallel.setup import ParallelDims
+from megatron_spin.parallel.dims import ParallelDims
 
 ModelProvider = Callable[..., MegatronModule]
 """``(pre_process, post_process, vp_stage) -> model``: Megatron-LM's ``model_provider``, Megatron-Bridge's ``GPTModelProvider.provide``."""
@@ -29,7 +28,7 @@ def model_provider(config: Config, dims: ParallelDims) -> ModelProvider:
     """The provider that ``model.provider`` names, or ours.
 
     Raises:
-        ConfigError: the name is not ``package.module:function``, or it cannot be imported.
+        ConfigError: the name is not ``package.module:function``, cannot be imported or is no function.
     """
     name = config.model.provider
     if name is None:
@@ -41,24 +40,7 @@ def model_provider(config: Config, dims: ParallelDims) -> ModelProvider:
             )
 
         return ours
-    module, colon, function = name.partition(":")
-    if not colon or not module or not function:
-        raise ConfigError(
-            f"model.provider={name!r} is not package.module:function: write for example my_package.models:model_provider"
-        )
-    sys.path.insert(
-        0, str(Path.cwd())
-    )  # a provider usually lies beside the user's configuration, not in an installed package
-    try:
-        provider: ModelProvider = getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        raise ConfigError(
-            f"model.provider={name!r} cannot be imported ({error}): run from its directory, or set PYTHONPATH"
-        ) from error
-    except AttributeError:
-        raise ConfigError(f"model.provider={name!r}: module {module} has no {function}") from None
-    finally:
-        sys.path.pop(0)
+    provider: ModelProvider = load_named(name, key="model.provider", kind="function")
     if not callable(provider):
         raise ConfigError(
             f"model.provider={name!r} is not a function: it is called with (pre_process, post_process, vp_stage)"

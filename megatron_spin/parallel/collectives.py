@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_spin.errors import SpinError
-from megatron_spin.parallel.setup import ParallelDims
+from megatron_spin.parallel.dims import ParallelDims
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_spin.data.batches import Microbatch
 from megatron_spin.parallel.cpu_device import megatron_region
-from megatron_spin.parallel.setup import ParallelDims
+from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.training.forward_step import ForwardStep
 
 

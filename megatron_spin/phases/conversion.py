@@ -14,7 +14,7 @@ from megatron_spin.hf.files import read_config
 from megatron_spin.hf.identity import IdentityHasher, identity
 from megatron_spin.models.provider import build_model
 from megatron_spin.parallel.collectives import raised_everywhere
-from megatron_spin.parallel.setup import ParallelDims
+from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.training.checkpoint import latest_step, load_checkpoint, save_checkpoint
 
 ASSETS = "hf"

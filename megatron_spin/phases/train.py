@@ -24,7 +24,10 @@ from megatron_spin.hf.identity import IdentityHasher, identity
 from megatron_spin.io import read_json
 from megatron_spin.models.provider import build_model
 from megatron_spin.parallel.collectives import raised_everywhere
-from megatron_spin.parallel.setup import ParallelDims, announce, initialize, layer_spec
+from megatron_spin.parallel.dims import ParallelDims
+from megatron_spin.parallel.kernels import announce, layer_spec
+from megatron_spin.parallel.layout import alignment
+from megatron_spin.parallel.setup import initialize
 from megatron_spin.phases.guard import played
 from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.training.checkpoint import carry_over_main_weights, latest_step, load_checkpoint
@@ -184,10 +187,8 @@ def _check_same_training(target: Target, now: dict[str, Any], then: dict[str, An
 def _trainer(config: Config, inputs: Inputs, dims: ParallelDims) -> Trainer:
     training = config.training
     sampler = BatchSampler(len(inputs.examples), training.global_batch_size, training.seed)
-    multiple = 8 * (dims.tp_size if config.parallel.sequence_parallel else 1)
-    shape = BatchShape(
-        training.global_batch_size, training.micro_batch_size, sequence_length(inputs.examples, multiple)
-    )
+    length = sequence_length(inputs.examples, alignment(config))
+    shape = BatchShape(training.global_batch_size, training.micro_batch_size, length)
     model, optimizer = wrap_and_optimize(
         build_model(config, dims), config, dims=dims, learning_rate=inputs.schedule.peak
     )

@@ -165,19 +165,13 @@ def _comes_after(phase: str, iteration: int) -> bool:
     return label.isdigit() and (int(label) > iteration or (int(label) == iteration and kind in ENDS))
 
 
-def replica_size(config: Config) -> int:
-    """Processes that one copy of the model is spread over."""
-    parallel = config.parallel
-    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-
-
 def processes(config: Config) -> int:
     """How many training processes to start on this machine.
 
     Raises:
         DeviceError: there are fewer GPUs than one copy of the model needs, or their number is no multiple of it.
     """
-    replica, wanted = replica_size(config), config.parallel.nproc_per_node
+    replica, wanted = config.parallel.replica_size, config.parallel.nproc_per_node
     gpus = gpu_count(config)
     count = wanted or gpus or replica
     if config.device == "cuda" and not gpus:

@@ -29,7 +29,7 @@ from megatron_spin.conversion.parameters import unwrap
 from megatron_spin.errors import CheckpointError
 from megatron_spin.io import atomic_writer, sha256, write_json
 from megatron_spin.parallel.cpu_device import megatron_region
-from megatron_spin.parallel.setup import ParallelDims
+from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.processes import forks_die_with_us
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_spin.config import Config
 from megatron_spin.errors import ConfigError
 from megatron_spin.parallel.cpu_device import megatron_region
-from megatron_spin.parallel.setup import ParallelDims
+from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.training import rmsprop
 
 OPTIMIZERS = ("adam", "rmsprop", "sgd")

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from megatron_spin.data.batches import Example, collate, microbatch_indices
 from megatron_spin.errors import GateError
 from megatron_spin.io import atomic_writer, read_json, sha256, write_json
+from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.pipeline import run_schedule, sum_over_ranks
-from megatron_spin.parallel.setup import ParallelDims
 from megatron_spin.spin.losses import loss_at_zero
 from megatron_spin.training.forward_step import score_forward_step
 

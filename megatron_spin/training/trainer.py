@@ -15,8 +15,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_spin.data.batches import BatchSampler, Example, collate, microbatch_indices
 from megatron_spin.errors import GateError
 from megatron_spin.parallel.cpu_device import megatron_region
+from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.pipeline import run_schedule, sum_over_ranks
-from megatron_spin.parallel.setup import ParallelDims
 from megatron_spin.training.checkpoint import save_checkpoint
 from megatron_spin.training.forward_step import ForwardStep
 from megatron_spin.training.metrics import PAIR_METRICS, SFT_METRICS, MetricsWriter

@@ -11,7 +11,11 @@ import torch
 
 from megatron_spin.config import Config, from_dict
 from megatron_spin.errors import ConfigError, DeviceError
-from megatron_spin.parallel import cpu_device, setup
+from megatron_spin.parallel import cpu_device, fp8, kernels
+from megatron_spin.parallel.fp8 import check_fp8, fp8_recipes
+from megatron_spin.parallel.kernels import check_layer_spec, refuse_wrong_apex
+from megatron_spin.parallel.layout import check_layout, layout_errors
+from megatron_spin.parallel.setup import choose_device
 
 HF = {
     "num_attention_heads": 8,
@@ -39,7 +43,7 @@ def config(*, parallel: dict | None = None, training: dict | None = None, **sect
 
 def layout(tp: int = 1, pp: int = 1, *, world_size: int, training: dict | None = None, **changes) -> list[str]:
     parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    return setup.layout_errors(config(parallel=parallel, training=training), {**HF, **changes}, world_size=world_size)
+    return layout_errors(config(parallel=parallel, training=training), {**HF, **changes}, world_size=world_size)
 
 
 @pytest.mark.parametrize(
@@ -86,20 +90,20 @@ def test_all_errors_are_listed_and_raised_in_one_line():
     assert len(errors) == 5
     parallel = {"tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 3}
     with pytest.raises(ConfigError) as caught:
-        setup.check_layout(config(parallel=parallel), {**HF, "intermediate_size": 100}, world_size=10)
+        check_layout(config(parallel=parallel), {**HF, "intermediate_size": 100}, world_size=10)
     assert all(error in str(caught.value) for error in errors) and "\n" not in str(caught.value)
 
 
 def test_heads_without_groups_and_incomplete_config():
-    assert setup.layout_errors(config(), {**HF, "num_key_value_heads": None}, world_size=1) == []
-    [error] = setup.layout_errors(config(), {"num_attention_heads": 4, "num_hidden_layers": 2}, world_size=1)
+    assert layout_errors(config(), {**HF, "num_key_value_heads": None}, world_size=1) == []
+    [error] = layout_errors(config(), {"num_attention_heads": 4, "num_hidden_layers": 2}, world_size=1)
     assert "lacks intermediate_size" in error
 
 
 def test_sequence_parallel_without_tensor_parallel():
     whole = config()
     broken = dataclasses.replace(whole, parallel=dataclasses.replace(whole.parallel, sequence_parallel=True))
-    [error] = setup.layout_errors(broken, HF, world_size=1)
+    [error] = layout_errors(broken, HF, world_size=1)
     assert "sequence_parallel=true" in error and "tensor_model_parallel_size > 1" in error
 
 
@@ -126,7 +130,7 @@ PER_TENSOR = ("delayed", "tensorwise")
     ],
 )
 def test_fp8_table(capability, cuda, engine, recipes):
-    assert setup.fp8_recipes(capability=capability, cuda=cuda, transformer_engine=engine) == recipes
+    assert fp8_recipes(capability=capability, cuda=cuda, transformer_engine=engine) == recipes
 
 
 def test_fp8_and_transformer_engine_are_refused_on_a_cpu():
@@ -134,35 +138,35 @@ def test_fp8_and_transformer_engine_are_refused_on_a_cpu():
         DeviceError,
         match=r"precision.fp8=hybrid .* cannot run on a CPU .* recipes that can: none: set precision.fp8 to null",
     ):
-        setup.check_precision(config(precision={"fp8": "hybrid"}), CPU)
-    with pytest.raises(ConfigError, match=r"precision.fp8='e5m2' is not a format: choose one of e4m3, hybrid"):
-        setup.check_precision(config(precision={"fp8": "e5m2"}), CPU)
+        check_fp8(config(precision={"fp8": "hybrid"}), CPU)
+    with pytest.raises(ConfigError, match=r"precision.fp8: 'e5m2' is not one of e4m3, hybrid"):
+        config(precision={"fp8": "e5m2"})
     with pytest.raises(DeviceError, match="layer_spec=transformer_engine needs a GPU"):
-        setup.check_precision(config(layer_spec="transformer_engine"), CPU)
-    setup.check_precision(config(), CPU)
+        check_layer_spec(config(layer_spec="transformer_engine"), CPU)
+    check_layer_spec(config(), CPU)
+    check_fp8(config(), CPU)
 
 
 def test_fp8_with_the_local_spec_is_refused_on_a_gpu_that_has_it(monkeypatch):
     """Megatron's local linears are never FP8, and say nothing."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(setup, "version_of", lambda package: "2.8.0")
+    for module in (fp8, kernels):
+        monkeypatch.setattr(module, "version_of", lambda package: "2.8.0")
     gpu = torch.device("cuda", 0)
-    setup.check_precision(config(precision={"fp8": "hybrid"}), gpu)
+    check_fp8(config(precision={"fp8": "hybrid"}), gpu)
     with pytest.raises(DeviceError, match="needs Transformer Engine's layers"):
-        setup.check_precision(config(precision={"fp8": "hybrid"}, layer_spec="local"), gpu)
+        check_fp8(config(precision={"fp8": "hybrid"}, layer_spec="local"), gpu)
     with pytest.raises(
         DeviceError, match=r"fp8_recipe=mxfp8 cannot run on compute capability 9.0 .* delayed, tensorwise"
     ):
-        setup.check_precision(
-            config(precision={"fp8": "hybrid"}, model={"hf": "x", "transformer": {"fp8_recipe": "mxfp8"}}), gpu
-        )
+        check_fp8(config(precision={"fp8": "hybrid"}, model={"hf": "x", "transformer": {"fp8_recipe": "mxfp8"}}), gpu)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_is_refused_where_there_is_none():
     with pytest.raises(DeviceError, match="device=cuda, but PyTorch sees no GPU"):
-        setup.choose_device("cuda")
+        choose_device("cuda")
 
 
 @pytest.mark.parametrize("version", ["0.16.1", "0.17.1", "0.18.2", "0.19.2"])
@@ -188,9 +192,9 @@ def test_another_apex_is_named(tmp_path: Path, monkeypatch, module, refused):
     monkeypatch.delitem(sys.modules, "apex", raising=False)
     if refused:
         with pytest.raises(DeviceError, match=r"is not NVIDIA's .*pip uninstall apex"):
-            setup.refuse_wrong_apex()
+            refuse_wrong_apex()
     else:
-        setup.refuse_wrong_apex()
+        refuse_wrong_apex()
 
 
 def run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,33 @@
+"""This process's place in the parallel layout."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:  # megatron.core must not be imported before the device is chosen
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelDims:
+    """Device, ranks and sizes of this process; passed to whoever needs it, keyword-only."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    pg_collection: "ProcessGroupCollection"
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
