@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import yaml
 
+from megatron_spin.config.named import is_name
 from megatron_spin.config.parsing import Loader, apply_override, flatten, parse
 from megatron_spin.errors import ConfigError
 from megatron_spin.evaluation.guards import GuardsConfig
@@ -163,18 +164,22 @@ class SpinConfig:
     """
     reuse_previous: bool = True
     """From iteration 1 on, add the previous iteration's generations, scored again under the new opponent."""
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the objective that have no key of their own here; a list gives one value per iteration."""
 
 
+OBJECTIVES = ("spin", "dpo", "sft")
+"""Objectives with a name of their own; a user's own is ``package.module:Class``."""
 DEFAULT_OPTIMIZER = {"optimizer": "adam", "clip_grad": 1.0, "weight_decay": 0.0}
 """What ``training.optimizer`` is without keys of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    objective: Literal["spin", "dpo", "sft"] = "spin"
-    """``dpo`` plays against given ``rejected`` answers, ``sft`` trains by likelihood alone; both are one iteration without generation.
+    objective: str = "spin"
+    """``spin``, ``dpo``, ``sft`` or ``package.module:Class``, a user's own objective.
 
-    DPO's reference is the model that the run starts from; ``spin.beta`` and ``spin.loss`` are its beta and loss (logistic is DPO's own).
+    ``dpo`` plays against given ``rejected`` answers, ``sft`` trains by likelihood alone; both are one iteration without generation. DPO's reference is the model that the run starts from; ``spin.beta`` and ``spin.loss`` are its beta and loss (logistic is DPO's own).
     """
     epochs: PerIteration[int] = 2
     steps: PerIteration[int | None] = None
@@ -367,6 +372,11 @@ def _check(config: Config) -> None:
     if not 0 <= config.evaluation.held_out_fraction < 1:
         raise ConfigError(
             f"evaluation.held_out_fraction={config.evaluation.held_out_fraction} must lie between 0 and 1"
+        )
+    if training.objective not in OBJECTIVES and not is_name(training.objective):
+        raise ConfigError(
+            f"training.objective={training.objective!r} is neither one of {', '.join(OBJECTIVES)} nor package.module:Class: "
+            "choose one, or name a class of a module that Python can import"
         )
     if training.global_batch_size % training.micro_batch_size:
         raise ConfigError(

@@ -11,18 +11,10 @@ Kind: TypeAlias = Literal["function", "Class"]
 """What a name stands for; messages say ``package.module:function`` or ``package.module:Class``."""
 
 
-def split_name(name: str, *, key: str, kind: Kind) -> tuple[str, str]:
-    """Module and attribute of ``name``; ``key`` is the config key that holds it, for the message.
-
-    Raises:
-        ConfigError: ``name`` is not two parts with a colon between.
-    """
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise ConfigError(
-            f"{key}={name!r} is not package.module:{kind}: name a {kind.lower()} of a module that Python can import"
-        )
-    return module, attribute
+def is_name(text: str) -> bool:
+    """Whether ``text`` has the form of ``package.module:function``."""
+    module, _, attribute = text.partition(":")
+    return bool(module) and bool(attribute)
 
 
 def load_named(name: str, *, key: str, kind: Kind) -> Any:
@@ -36,7 +28,11 @@ def load_named(name: str, *, key: str, kind: Kind) -> Any:
     Raises:
         ConfigError: ``name`` has another form, its module cannot be imported, or has no such attribute.
     """
-    module, attribute = split_name(name, key=key, kind=kind)
+    if not is_name(name):
+        raise ConfigError(
+            f"{key}={name!r} is not package.module:{kind}: name a {kind.lower()} of a module that Python can import"
+        )
+    module, attribute = name.split(":", maxsplit=1)
     # Such a module usually lies beside the user's configuration, not in an installed package.
     sys.path.insert(0, str(Path.cwd()))
     try:

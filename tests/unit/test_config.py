@@ -104,6 +104,10 @@ def test_wrong_types_name_the_key_and_the_value(sections, message) -> None:
         ({"evaluation": {"held_out_fraction": 1.0}}, "evaluation.held_out_fraction=1.0"),
         ({"training": {"global_batch_size": 10, "micro_batch_size": 4}}, "global_batch_size=10 is not a multiple of"),
         ({"data": {"path": "d", "max_length": 8, "max_prompt_length": 8}}, "data.max_prompt_length=8 leaves no room"),
+        (
+            {"training": {"objective": "ppo"}},
+            "training.objective='ppo' is neither one of spin, dpo, sft nor package.module:Class",
+        ),
         ({"parallel": {"context_parallel_size": 2}}, "parallel.context_parallel_size=2"),
         ({"parallel": {"sequence_parallel": True}}, "needs parallel.tensor_model_parallel_size > 1"),
         ({"parallel": {"tensor_model_parallel_size": 3, "nproc_per_node": 2}}, "parallel.nproc_per_node=2"),
@@ -192,6 +196,12 @@ def test_values_by_iteration() -> None:
 def test_sft_and_dpo_are_one_iteration() -> None:
     assert build(training={"objective": "sft"}).iterations == build(training={"objective": "dpo"}).iterations == 1
     assert build(spin={"iterations": 3}).iterations == 3
+
+
+def test_a_users_own_objective_and_its_parameters() -> None:
+    config = build(training={"objective": "my.objectives:Space"}, spin={"parameters": {"alpha": [0.1, 0.2], "eta": 1}})
+    assert config.training.objective == "my.objectives:Space"
+    assert config.spin.parameters == {"alpha": [0.1, 0.2], "eta": 1}
 
 
 RESUMABLE_CHANGES = {
