@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_spin import cli
 from megatron_spin.config import Config, load_config
 from megatron_spin.errors import ConfigError
+from megatron_spin.spin.objective import objective_class
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} {getattr(arguments, name)} must be greater than 0")
     config = load_config(Path(arguments.config), arguments.overrides)
-    if config.training.objective != "spin":
+    if not objective_class(config).generates:
         raise ConfigError(f"training.objective={config.training.objective}: a probe is for self-play; set it to spin")
     root = arguments.run_dir or Path("runs") / f"{config.name}-probe"
     overrides = [*arguments.overrides, *_settings(config, prompts=arguments.prompts, steps=arguments.steps)]

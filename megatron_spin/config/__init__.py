@@ -246,11 +246,6 @@ class Config:
     guards: GuardsConfig = dataclasses.field(default_factory=GuardsConfig)
 
     @property
-    def iterations(self) -> int:
-        """Rounds to run: DPO and plain SFT are one."""
-        return self.spin.iterations if self.training.objective == "spin" else 1
-
-    @property
     def held_out_cap(self) -> int:
         """Longest held-out answer, real or generated, in tokens: one for all models, else they could not be compared."""
         return self.evaluation.max_new_tokens or at_iteration(self.generation.max_new_tokens, 0)

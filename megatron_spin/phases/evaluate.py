@@ -19,6 +19,7 @@ from megatron_spin.generation.engine import Completion
 from megatron_spin.hf.logps import hf_token_logps, load_model
 from megatron_spin.io import atomic_writer, read_json, write_json
 from megatron_spin.run.directory import RunDir
+from megatron_spin.spin.objective import objective_class
 
 SHOWN = 20
 """Prompts whose answers ``samples.jsonl`` shows."""
@@ -72,7 +73,7 @@ def evaluate(config: Config, run_dir: RunDir, player: Player) -> dict[str, Any]:
         for i, row in enumerate(rows[:SHOWN]):
             shown = {"index": row.index, "prompt": decode(row.prompt_ids), "real": real[i].text}
             shown |= {"greedy": greedy_answers[i].text, "sampled": sampled_answers[i][0].text}
-            shown |= {"rejected" if config.training.objective == "dpo" else "opponent": decode(lost[i])} if lost else {}
+            shown |= {"opponent" if objective_class(config).generates else "rejected": decode(lost[i])} if lost else {}
             answers = {"real": real[i], "greedy": greedy_answers[i], "sampled": sampled_answers[i][0]}
             shown["cut"] = [name for name, answer in answers.items() if answer.truncated]
             file.write(json.dumps(shown, ensure_ascii=False) + "\n")
@@ -84,7 +85,7 @@ def evaluate(config: Config, run_dir: RunDir, player: Player) -> dict[str, Any]:
 def _opponent(config: Config, run_dir: RunDir, player: Player) -> Player | None:
     """The player that ``player``'s iteration trained against; None where there was none."""
     iteration = player.target.iteration
-    if iteration is None or config.training.objective == "sft":
+    if iteration is None or not objective_class(config).compares():
         return None
     previous = run_dir.target(baseline="sft") if iteration == 0 else run_dir.target(iteration=iteration - 1)
     opponent = Player.of(config, previous)
@@ -101,7 +102,7 @@ def _opponents_answers(
     config: Config, run_dir: RunDir, opponent: Player, rows: Sequence[Row], end_token_id: int
 ) -> list[list[int]] | None:
     """What stands against the real answer of each row: a sample of the opponent, or DPO's rejected answer (None where the data have none)."""
-    if config.training.objective == "spin":
+    if objective_class(config).generates:
         samples = held_out_answers(config, opponent, rows, end_token_id=end_token_id, only="sampled_0")["sampled_0"]
         return [list(sample.token_ids) for sample in samples]
     path = run_dir.data / REJECTED

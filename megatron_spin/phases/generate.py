@@ -16,6 +16,7 @@ from megatron_spin.generation.shards import Origin, Shard, ShardStore, plan_shar
 from megatron_spin.hf.identity import identity
 from megatron_spin.io import read_json
 from megatron_spin.run.directory import RunDir
+from megatron_spin.spin.objective import num_iterations, objective_class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def generate_iteration(config: Config, run_dir: RunDir, iteration: int) -> dict[
         CheckpointError, DeviceError: the opponent cannot be read, or the engine cannot run it.
         DataError: no pair is left.
     """
-    if not 0 <= iteration < config.iterations or config.training.objective != "spin":
+    if not 0 <= iteration < num_iterations(config) or not objective_class(config).generates:
         raise ConfigError(
             f"iteration {iteration} has nothing to generate: the config has spin.iterations={config.spin.iterations} (0 to "
             f"{config.spin.iterations - 1}) and training.objective={config.training.objective}"

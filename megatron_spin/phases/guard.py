@@ -18,6 +18,7 @@ from megatron_spin.errors import GuardError, RunDirError
 from megatron_spin.evaluation.guards import Measures, Verdict, judge, outcome
 from megatron_spin.io import read_json
 from megatron_spin.run.directory import RunDir
+from megatron_spin.spin.objective import num_iterations, objective_class
 
 ENDS = ("rotate", "finish")
 """Phases that complete an iteration: of self-play, and of DPO."""
@@ -76,7 +77,7 @@ def settled(config: Config, run_dir: RunDir, iteration: int) -> bool:
 
 def rolled_back(config: Config, run_dir: RunDir) -> int | None:
     """The iteration that was rolled back, if one was and its guards still have the settings of then."""
-    for iteration in range(config.iterations):
+    for iteration in range(num_iterations(config)):
         if _record(run_dir, iteration).get("outcome") == "rollback" and settled(config, run_dir, iteration):
             return iteration
     return None
@@ -85,7 +86,7 @@ def rolled_back(config: Config, run_dir: RunDir) -> int | None:
 def played(config: Config, run_dir: RunDir) -> int:
     """How many iterations are trained: all, or those up to the one that was rolled back."""
     last = rolled_back(config, run_dir)
-    return config.iterations if last is None else last + 1
+    return num_iterations(config) if last is None else last + 1
 
 
 def result(config: Config, run_dir: RunDir, iteration: int | None, why: str) -> dict[str, Any]:
@@ -124,10 +125,10 @@ def model_name(entry: dict[str, Any]) -> str:
 
 
 def _measures(config: Config, run_dir: RunDir, iteration: int) -> Measures:
-    if config.training.objective == "sft" or not 0 <= iteration < config.iterations:
+    if not objective_class(config).compares() or not 0 <= iteration < num_iterations(config):
         raise RunDirError(
-            f"iteration {iteration} has nothing to guard: the config has iterations 0 to {config.iterations - 1} of "
-            f"training.objective={config.training.objective}, and guards are for spin and dpo"
+            f"iteration {iteration} has nothing to guard: the config has iterations 0 to {num_iterations(config) - 1} of "
+            f"training.objective={config.training.objective}, and guards are for objectives that compare answers"
         )
     evaluates = has_evaluation(config)
     for phase in ("train", "export", *(["evaluate"] if evaluates else [])):

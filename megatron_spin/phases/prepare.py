@@ -25,6 +25,7 @@ from megatron_spin.data.templates import (
 )
 from megatron_spin.errors import CheckpointError, ConfigError, DataError
 from megatron_spin.io import write_json
+from megatron_spin.spin.objective import objective_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,7 +107,8 @@ def prepare(config: Config) -> Prepared:
     """
     hf = Path(config.model.hf)
     tokenizer, limits = _limits(config, hf)
-    dpo = config.training.objective == "dpo"
+    objective = objective_class(config)
+    dpo = objective.compares() and not objective.generates
     path, held_path = Path(config.data.path), config.evaluation.path
     needed: Rejected = "needed" if dpo else "ignored"
     train = _tokenize(path, tokenizer, config.data, limits, rejected=needed)

@@ -30,6 +30,7 @@ from megatron_spin.parallel.layout import alignment
 from megatron_spin.parallel.setup import initialize
 from megatron_spin.phases.guard import played
 from megatron_spin.run.directory import RunDir, Target
+from megatron_spin.spin.objective import num_iterations
 from megatron_spin.training.checkpoint import carry_over_main_weights, latest_step, load_checkpoint
 from megatron_spin.training.forward_step import sft_forward_step, spin_forward_step
 from megatron_spin.training.metrics import MetricsWriter
@@ -63,8 +64,10 @@ def read_inputs(config: Config, run_dir: RunDir, target: Target) -> Inputs:
         raise RunDirError(
             f"baseline {target.baseline!r} is not in the config: it has {', '.join(config.baselines) or 'none'} (sft is not trained)"
         )
-    if target.iteration is not None and not 0 <= target.iteration < config.iterations:
-        raise RunDirError(f"iteration {target.iteration} is not in 0..{config.iterations - 1}: raise spin.iterations")
+    if target.iteration is not None and not 0 <= target.iteration < num_iterations(config):
+        raise RunDirError(
+            f"iteration {target.iteration} is not in 0..{num_iterations(config) - 1}: raise spin.iterations"
+        )
     iteration = target.iteration or 0
     training = config.training
     schedule = functools.partial(Schedule, decay=training.schedule, warmup_fraction=training.warmup_fraction)

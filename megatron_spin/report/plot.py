@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_spin.io import atomic_writer
 from megatron_spin.report.results import Evaluated, Results
+from megatron_spin.spin.objective import objective_class
 
 INK, FAINT, BAND = "#2b2f36", "#8a919c", "#f3f5f8"
 SPIN, SPIN_LIGHT, BASELINE, BASELINE_LIGHT, WARM = "#1f6f8b", "#9cc7d6", "#8a919c", "#c9ced6", "#d1603d"
@@ -62,7 +63,7 @@ def _small(picture: io.BytesIO) -> bytes:
 def _curve_panels(results: Results) -> list[Panel]:
     if not results.curves:
         return []
-    if results.config.training.objective == "sft":
+    if not objective_class(results.config).compares():
         return [_loss]
     return [_loss, _accuracy, _rewards]
 
@@ -93,14 +94,14 @@ def _curve(place: Any, results: Results, key: str, *, color: str, label: str | N
 def _iterations(place: Any, results: Results) -> None:
     """Every other iteration on a band, each with its name above."""
     before = 0
-    method = "SPIN" if results.config.training.objective == "spin" else "SFT"
+    title = objective_class(results.config).title
     for number, curve in enumerate(results.curves):
         after = before + curve[-1]["step"]
         if number % 2:
             place.axvspan(before + 0.5, after + 0.5, color=BAND, zorder=0)
         if len(results.curves) > 1:
             place.annotate(
-                f"{method} {number}", ((before + after) / 2 + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(0, -2),
+                title(number), ((before + after) / 2 + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(0, -2),
                 textcoords="offset points", ha="center", va="top", fontsize=8, color=FAINT,
             )  # fmt: skip
         before = after
@@ -129,7 +130,7 @@ def _rewards(place: Any, results: Results) -> None:
         results,
         "generated_reward",
         color=WARM,
-        label="the opponent's" if results.config.training.objective == "spin" else "rejected answers",
+        label="the opponent's" if objective_class(results.config).generates else "rejected answers",
     )
     place.axhline(0, color=FAINT, linewidth=0.9, linestyle=":")
     place.set_title("reward: β x log-ratio to the opponent")

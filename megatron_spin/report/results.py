@@ -15,6 +15,7 @@ from megatron_spin.errors import RunDirError
 from megatron_spin.io import read_json
 from megatron_spin.phases.guard import model_name
 from megatron_spin.run.directory import RunDir, Target
+from megatron_spin.spin.objective import Objective, num_iterations, objective_class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def read_results(root: Path) -> Results:
         for name, target in players(config, run_dir)
         if target.eval.exists()
     ]
-    curves = [_read_metrics(run_dir.target(iteration=t).metrics) for t in range(config.iterations)]
+    curves = [_read_metrics(run_dir.target(iteration=t).metrics) for t in range(num_iterations(config))]
     curves = [curve for curve in curves if curve]
     if not evaluated and not curves:
         raise RunDirError(f"{root} has neither an eval.json nor a metrics.jsonl yet: run tools/spin.sh first")
@@ -120,7 +121,7 @@ def read_results(root: Path) -> Results:
         ],
         data_patterns=patterns,
         prompts=prompts,
-        notes=_notes(state, "SPIN {}" if config.training.objective == "spin" else "DPO"),
+        notes=_notes(state, objective_class(config)),
         finished=max((phase["finished"] for phase in phases.values()), default=""),
         machines=state.get("machines", []),
     )
@@ -130,30 +131,26 @@ def players(config: Config, run_dir: RunDir) -> list[tuple[str, Target]]:
     """Name and place of each model of the comparison, measured or not: the model as it came, continued SFT, then the iterations."""
     phases = read_json(run_dir.state)["phases"] if run_dir.state.exists() else {}
     steps = {name.partition(":")[2]: phase["steps"] for name, phase in phases.items() if "steps" in phase}
-    method = config.training.objective
-    baselines = config.baselines if method != "sft" else {}
+    objective = objective_class(config)
+    baselines = config.baselines if objective.compares() else {}
     continued = {name: f"SFT +{steps[name]} steps" if name in steps else name for name in baselines}
     times = collections.Counter(continued.values())
     for name, baseline in baselines.items():
         # As many steps at another rate is another model.
         if times[continued[name]] > 1 and baseline.learning_rate is not None:
             continued[name] += f", lr {baseline.learning_rate:g}"
-    # DPO may start from any model, a SPIN export for example.
-    targets = [({"spin": "SFT", "dpo": "start", "sft": "untrained"}[method], run_dir.target(baseline="sft"))]
+    targets = [(objective.start_label, run_dir.target(baseline="sft"))]
     targets += [(label, run_dir.target(baseline=name)) for name, label in continued.items()]
-    return targets + [
-        ("DPO" if method == "dpo" else f"{method.upper()} {t}", run_dir.target(iteration=t))
-        for t in range(config.iterations)
-    ]
+    return targets + [(objective.title(t), run_dir.target(iteration=t)) for t in range(num_iterations(config))]
 
 
-def _notes(state: dict[str, Any], model: str) -> list[str]:
+def _notes(state: dict[str, Any], objective: type[Objective]) -> list[str]:
     notes = []
     for iteration, judged in sorted(state.get("guards", {}).items(), key=lambda item: int(item[0])):
         for verdict in judged["verdicts"]:
             if verdict["tripped"]:
                 notes.append(
-                    f"Guard {verdict['guard']} ({verdict['action']}) after {model.format(iteration)}: {verdict['said']}."
+                    f"Guard {verdict['guard']} ({verdict['action']}) after {objective.title(int(iteration))}: {verdict['said']}."
                 )
     if (result := state.get("result")) is not None:
         notes.append(f"The result is {model_name(result)} ({result['why']}).")

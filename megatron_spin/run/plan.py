@@ -17,13 +17,7 @@ from megatron_spin.errors import ConfigError, DeviceError, RunDirError
 from megatron_spin.io import read_json, write_json
 from megatron_spin.phases.guard import ENDS, describe, result, rolled_back, settled
 from megatron_spin.run.directory import RunDir
-
-TRAINING = {
-    "spin": "self-play against the opponent",
-    "dpo": "prefer the chosen answers to the rejected ones",
-    "sft": "fine-tune on the answers",
-}
-"""What training does, by objective."""
+from megatron_spin.spin.objective import num_iterations, objective_class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,21 +82,21 @@ class Plan:
         ]
 
     def _all(self) -> Iterator[Step]:
-        config, objective, evaluates = self.config, self.config.training.objective, has_evaluation(self.config)
-        spin = objective == "spin"
+        config, objective, evaluates = self.config, objective_class(self.config), has_evaluation(self.config)
+        iterations = num_iterations(config)
         yield self._step("prepare", "read, check and tokenize the data", "prepare.py")
         base = ("--hf", config.model.hf, "--checkpoint", str(self.run_dir.base))
         yield self._bare("import", "turn the Hugging Face model into a Megatron checkpoint", "import_hf.py", *base)
-        plays = objective != "sft"
+        plays = objective.compares()
         if plays and evaluates:
             yield self._step(
                 "evaluate:sft", "measure the model that the run begins with", "evaluate.py", "--baseline", "sft"
             )
-        for iteration in range(config.iterations):
-            if spin:
+        for iteration in range(iterations):
+            if objective.generates:
                 what = "the opponent answers every prompt"
                 yield self._step(f"generate:{iteration}", what, "generate.py", "--iteration", str(iteration))
-            yield from self._train_and_measure(f"{iteration}", "--iteration", TRAINING[objective])
+            yield from self._train_and_measure(f"{iteration}", "--iteration", objective.task)
             if plays:
                 yield self._step(
                     f"guard:{iteration}",
@@ -111,13 +105,13 @@ class Plan:
                     "--iteration",
                     str(iteration),
                 )
-            last = iteration + 1 == config.iterations
+            last = iteration + 1 == iterations
             what = (
                 "the run's last policy is complete"
                 if last
                 else f"the policy becomes the opponent of iteration {iteration + 1}"
             )
-            yield self._finish("rotate" if spin else "finish", str(iteration), what)
+            yield self._finish("rotate" if objective.generates else "finish", str(iteration), what)
         # The baselines come last: whoever started a self-play wants its result first, and they share nothing with it but data and base.
         for name in config.baselines if plays else ():
             yield from self._train_and_measure(

@@ -11,6 +11,7 @@ from megatron_spin.config import from_dict, load_config
 from megatron_spin.errors import ConfigError, RunDirError
 from megatron_spin.io import write_json
 from megatron_spin.parallel.setup import choose_device
+from megatron_spin.spin.objective import num_iterations
 from tests.support.runs import REPOSITORY
 
 FILES = sorted((REPOSITORY / "examples" / "experiments").glob("*.yaml"))
@@ -45,7 +46,7 @@ def test_every_definition_can_be_read_and_names_rows_that_will_be_there(path: Pa
             REPOSITORY / "examples/quickstart/spin.yaml", runner.settings(arm, Path("data"), Path("hf"))
         )
         optimizer_config(config, learning_rate=1.0)
-        rows |= {f"{name}/{label}" for label in ("sft", *config.baselines, *range(config.iterations))}
+        rows |= {f"{name}/{label}" for label in ("sft", *config.baselines, *range(num_iterations(config)))}
     named = {row for claim in experiment.claims for row in claim} | {
         row for parts in experiment.best.values() for row in parts
     }
