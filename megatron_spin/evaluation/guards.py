@@ -1,30 +1,32 @@
-"""Guards between iterations: is what was just trained fit to become the opponent? Settings, measures and judgement; pure, no torch.
+"""Guards between iterations: is the policy that was just trained fit to become the opponent? Pure, no torch.
 
-Each guard is one dataclass: a section ``guards.NAME`` of the configuration, what it measures, why its default is what it is, and what to do
-when it trips. A difference must exceed its threshold by more than two standard errors where one is known, so that noise does not trip it;
-a measure that is not a number always does.
+:mod:`megatron_spin.config.guards` says what each guard measures and why its threshold is what it is. Here each guard is
+one function of the same name that looks at what an iteration left. A difference must exceed its threshold by more than
+two standard errors where they are known, so that noise does not trip a guard; a measure that is not a number always
+trips it.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
-Action: TypeAlias = Literal["off", "warn", "stop", "rollback"]
+from megatron_spin.config.guards import Action, GuardsConfig
+
 Outcome: TypeAlias = Literal["pass", "warn", "rollback", "stop"]
 ORDER: tuple[Outcome, ...] = ("pass", "warn", "rollback", "stop")
-"""What a phase of several verdicts comes to is the last of these: where one guard stops, nobody but the user decides."""
+"""Of several verdicts the last of these is the outcome: where one guard stops, only the user decides."""
 
-WINDOW = 0.1
-"""Share of an iteration's steps, and at least ``STREAK`` of them, that "the last steps" means."""
+LAST_SHARE = 0.1
+"""Share of an iteration's steps, and at least ``STREAK`` of them, that count as the last steps."""
 STREAK = 3
-"""Steps in a row that must agree before one speaks of a state and not of a batch."""
-WON = 0.99
-"""Share of different pairs that must be won from then on to call an opponent beaten."""
+"""Consecutive steps that must agree before they tell something about the policy and not about one batch."""
+WON_SHARE = 0.99
+"""Share of different pairs that must be won from then on for an opponent to be beaten."""
 NLL_FLOOR = 0.01
-"""Nats a token (0.1: nats an answer) below which a likelihood is good enough for its relative changes not to matter."""
-ERRORS = 2.0
-"""Standard errors that a difference must exceed its threshold by."""
+"""Nats per token (0.1: nats per answer) below which a likelihood is so good that its relative changes do not matter."""
+STANDARD_ERRORS = 2.0
+"""Standard errors by which a difference must exceed its threshold."""
 
 
 class UnseenError(Exception):
@@ -42,7 +44,7 @@ class Measures:
     pairs: Mapping[str, Any]
     """``manifest.json`` of the training pairs."""
     policy: Mapping[str, Any] | None = None
-    """``eval.json`` of the iteration; None where there is no evaluation."""
+    """``eval.json`` of the iteration; None if there is no evaluation."""
     opponent: Mapping[str, Any] | None = None
     """``eval.json`` of its opponent: the previous iteration, or the SFT model."""
 
@@ -54,10 +56,10 @@ class Measures:
         """
         if self.policy is None or self.opponent is None:
             raise UnseenError("there is no evaluation: give evaluation.path or evaluation.held_out_fraction")
-        found = self.policy.get(key), self.opponent.get(key)
-        if found[0] is None or found[1] is None:
+        policy, opponent = self.policy.get(key), self.opponent.get(key)
+        if policy is None or opponent is None:
             raise UnseenError(f"eval.json has no {key}")
-        return float(found[0]), float(found[1])
+        return float(policy), float(opponent)
 
     def column(self, key: str) -> list[float]:
         """``key`` of every step.
@@ -65,10 +67,14 @@ class Measures:
         Raises:
             UnseenError: it is not reported.
         """
-        values = [row.get(key) for row in self.steps]
-        if not values or any(value is None for value in values):
+        values = []
+        for row in self.steps:
+            if row.get(key) is None:
+                raise UnseenError(f"metrics.jsonl has no {key}")
+            values.append(float(row[key]))
+        if not values:
             raise UnseenError(f"metrics.jsonl has no {key}")
-        return [float(value) for value in values if value is not None]
+        return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,244 +82,129 @@ class Reading:
     """What a guard saw."""
 
     value: float | None
-    """The measure, in the threshold's unit; None where it was never reached."""
+    """The measure, in the threshold's unit; None if the state it looks for was never reached."""
     tripped: bool
     said: str
     """The measure in words, with what it is compared to."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Guard:
-    """What all guards share."""
+class ShareRise:
+    """How far a share of the policy's answers rose above the opponent's."""
 
-    action: Action = "warn"
-    """``off`` does not look, ``warn`` says it and goes on, ``stop`` ends the run before the policy becomes the opponent, ``rollback`` makes
-    the previous iteration (or the SFT model) the result and runs no later iteration."""
+    kind: Literal["sampled", "greedy"]
+    share: float
+    opponent: float
+    rise: float
+    """Above the opponent's share, or above another share if that is greater."""
+    noise: float
+    """``STANDARD_ERRORS`` of the difference."""
 
-    limits: ClassVar[tuple[float, float]] = (0.0, math.inf)
-    """Between which values a threshold makes sense."""
-    remedy: ClassVar[str]
-
-    def look(self, measures: Measures) -> Reading:
-        """The reading of ``measures``.
-
-        Raises:
-            UnseenError: what it measures is not there.
-        """
-        raise NotImplementedError
+    @property
+    def excess(self) -> float:
+        """What the threshold is compared with."""
+        return self.rise - self.noise
 
 
-@dataclasses.dataclass(frozen=True)
-class RealLogpsFall(Guard):
-    """The real answers lose probability while the margin rises: the generated ones lose more, which is all that the loss sees.
-
-    Measured on the training pairs: how far the negative log-likelihood of the real answers rose above the opponent's of the same answers, in
-    the last tenth of the steps, as a share of the opponent's. At step 1 the two are equal, so this is the fall from first to last step
-    without the noise of which answers stand in which batch.
-    """
-
-    threshold: float = 0.1
-    """A healthy iteration begins along the SFT gradient, so the real answers gain. Data that hold a habit which self-play pushes out
-    (the quickstart: a quarter, on seed 7) lose on it by design: set more there."""
-
-    remedy: ClassVar[str] = "take fewer steps or a lower training.learning_rate, or a higher spin.beta"
-
-    def look(self, measures: Measures) -> Reading:
-        rewards, margins = measures.column("real_reward"), measures.column("margin")
-        last = _last(len(rewards))
-        changes = [reward / measures.beta for reward in rewards[last:]]
-        opponent = _mean(
-            [logps - change for logps, change in zip(measures.column("real_logps")[last:], changes, strict=True)]
-        )
-        base = max(-opponent, 10 * NLL_FLOOR)
-        rise, noise = -_mean(changes) / base, ERRORS * _error(changes) / base
-        margin = _mean(margins[last:])
-        risen = not margin <= margins[0]
-        said = f"log-probs of the real training answers went from {opponent:.4g} to {opponent + _mean(changes):.4g} nats, the margin to {margin:.3g}"
-        return Reading(rise, risen and _exceeds(rise - noise, self.threshold), said)
-
-
-@dataclasses.dataclass(frozen=True)
-class NllRise(Guard):
-    """The held-out answers lose probability.
-
-    Measured: negative log-likelihood a token of the held-out answers above the opponent's, as a share of the opponent's. The standard errors
-    of the two are added as if they were independent, which errs on the quiet side (both are of the same answers).
-    """
-
-    threshold: float = 0.05
-    """5%: far above what a gentle iteration does, far below a collapse."""
-
-    remedy: ClassVar[str] = "take fewer steps or a lower training.learning_rate"
-
-    def look(self, measures: Measures) -> Reading:
-        nll, opponent = measures.evaluated("nll_per_token")
-        errors = [
-            float((side or {}).get("nll_per_token_error") or 0.0) for side in (measures.policy, measures.opponent)
-        ]
-        base = max(opponent, NLL_FLOOR)
-        rise, noise = (nll - opponent) / base, ERRORS * math.hypot(*errors) / base
-        said = f"held-out NLL a token is {nll:.4f}, the opponent's {opponent:.4f} ({rise:+.0%})"
-        return Reading(rise, _exceeds(rise - noise, self.threshold), said)
-
-
-@dataclasses.dataclass(frozen=True)
-class EndOfAnswer(Guard):
-    """Answers stop ending.
-
-    Measured: share of held-out answers that are cut before their end token, minus the opponent's share; sampled and greedy, the worse of the
-    two. Greedy counts because a collapse can hide from samples: a 135M model whose greedy answers ended in 4% of cases after an iteration
-    (51% before it) still ended 74% of its samples, with a lower NLL, a loss of 0.001 and an accuracy of 1.0.
-    """
-
-    threshold: float = 0.1
-    """Ten points in a hundred."""
-
-    limits: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    remedy: ClassVar[str] = (
-        "read samples.jsonl; lower training.learning_rate, or see that the real answers end within generation.max_new_tokens"
+def real_logps_fall(measures: Measures, threshold: float) -> Reading:
+    rewards, margins = measures.column("real_reward"), measures.column("margin")
+    real_logps = measures.column("real_logps")
+    last = _last(len(rewards))
+    changes = [reward / measures.beta for reward in rewards[last:]]
+    # A reward is beta times policy minus opponent.
+    opponents = [logps - change for logps, change in zip(real_logps[last:], changes, strict=True)]
+    opponent, change = _mean(opponents), _mean(changes)
+    base = max(-opponent, 10 * NLL_FLOOR)
+    rise, noise = -change / base, STANDARD_ERRORS * _error(changes) / base
+    margin = _mean(margins[last:])
+    margin_rose = not margin <= margins[0]  # so that NaN did
+    said = (
+        f"log-probs of the real training answers went from {opponent:.4g} to {opponent + change:.4g} nats, "
+        f"the margin to {margin:.3g}"
     )
-
-    def look(self, measures: Measures) -> Reading:
-        worst = max(
-            (_share_rise(measures, key) for key in ("truncated_fraction", "truncated_fraction_greedy")),
-            key=lambda rise: _rank(rise[0] - rise[1]),
-        )
-        rise, noise, kind, share, opponent = worst
-        said = f"{share:.1%} of {kind} answers do not end, of the opponent's {opponent:.1%}"
-        return Reading(rise, _exceeds(rise - noise, self.threshold), said)
+    return Reading(rise, margin_rose and _exceeds(rise - noise, threshold), said)
 
 
-@dataclasses.dataclass(frozen=True)
-class Length(Guard):
-    """Answers collapse to a few words or run on.
-
-    Measured: by which factor sampled answers are, on average, longer than both the real and the opponent's answers, or shorter than both.
-    An answer on the way from the opponent's length to the real one's is never outside.
-    """
-
-    threshold: float = 1.5
-    """Half as long again as either: self-play overshoots the data somewhat for a beta below 1, but not by that much."""
-
-    limits: ClassVar[tuple[float, float]] = (1.0, math.inf)
-    remedy: ClassVar[str] = "read samples.jsonl; lower training.learning_rate or raise spin.beta"
-
-    def look(self, measures: Measures) -> Reading:
-        length, opponent = measures.evaluated("mean_response_tokens")
-        real, _ = measures.evaluated("mean_real_tokens")
-        tiny = 1e-9  # an answer of no tokens
-        factor = max(length / max(real, opponent, tiny), min(real, opponent) / max(length, tiny))
-        said = f"sampled answers have {length:.1f} tokens, real ones {real:.1f}, the opponent's {opponent:.1f}"
-        return Reading(factor, _exceeds(factor, self.threshold), said)
+def nll_rise(measures: Measures, threshold: float) -> Reading:
+    nll, opponent = measures.evaluated("nll_per_token")
+    errors = []
+    for side in (measures.policy, measures.opponent):
+        errors.append(float((side or {}).get("nll_per_token_error") or 0.0))
+    base = max(opponent, NLL_FLOOR)
+    rise, noise = (nll - opponent) / base, STANDARD_ERRORS * math.hypot(*errors) / base
+    said = f"held-out NLL per token is {nll:.4f}, the opponent's {opponent:.4f} ({rise:+.0%})"
+    return Reading(rise, _exceeds(rise - noise, threshold), said)
 
 
-@dataclasses.dataclass(frozen=True)
-class Repetition(Guard):
-    """Answers repeat themselves.
-
-    Measured: share of 4-grams that stood in the same answer before, above the real answers' own share or the opponent's, whichever is
-    higher; sampled and greedy, the worse of the two.
-    """
-
-    threshold: float = 0.1
-    """Ten points: text with lists and formulas repeats a few 4-grams, a model in a loop nearly all of them."""
-
-    limits: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    remedy: ClassVar[str] = "read samples.jsonl; lower training.learning_rate or take fewer steps"
-
-    def look(self, measures: Measures) -> Reading:
-        real, _ = measures.evaluated("repeated_fraction_real")
-        keys = ("repeated_fraction", "repeated_fraction_greedy")
-        worst = max((_share_rise(measures, key, least=real) for key in keys), key=lambda rise: _rank(rise[0] - rise[1]))
-        rise, noise, kind, share, opponent = worst
-        said = f"{share:.1%} of the 4-grams of {kind} answers are repetitions, of the opponent's {opponent:.1%}, of the real ones' {real:.1%}"
-        return Reading(rise, _exceeds(rise - noise, self.threshold), said)
+def end_of_answer(measures: Measures, threshold: float) -> Reading:
+    worst = _worst(_share_rise(measures, "truncated_fraction"), _share_rise(measures, "truncated_fraction_greedy"))
+    said = f"{worst.share:.1%} of {worst.kind} answers do not end, of the opponent's {worst.opponent:.1%}"
+    return Reading(worst.rise, _exceeds(worst.excess, threshold), said)
 
 
-@dataclasses.dataclass(frozen=True)
-class Converged(Guard):
-    """The opponent gives the real answers back: there is nothing to learn from it.
-
-    Measured: share of the training pairs whose generated answer equals the real one, token for token.
-    """
-
-    threshold: float = 0.95
-    """Of 64 pairs a step, three are left to learn from."""
-
-    limits: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    remedy: ClassVar[str] = "self-play has come to its end on these data: take the previous iteration, or other data"
-
-    def look(self, measures: Measures) -> Reading:
-        identical, count = measures.pairs["counts"]["identical"], measures.pairs["num_pairs"]
-        value = identical / count
-        return Reading(
-            value,
-            _exceeds(value, self.threshold),
-            f"{identical} of {count} generated answers equal the real ones ({value:.1%})",
-        )
+def length(measures: Measures, threshold: float) -> Reading:
+    tokens, opponent = measures.evaluated("mean_response_tokens")
+    real, _ = measures.evaluated("mean_real_tokens")
+    tiny = 1e-9  # answers of no tokens: a factor needs something to divide by
+    factor = max(tokens / max(real, opponent, tiny), min(real, opponent) / max(tokens, tiny))
+    said = f"sampled answers have {tokens:.1f} tokens, real ones {real:.1f}, the opponent's {opponent:.1f}"
+    return Reading(factor, _exceeds(factor, threshold), said)
 
 
-@dataclasses.dataclass(frozen=True)
-class Saturated(Guard):
-    """The opponent is beaten at once: the loss is near zero for the rest of the iteration and says nothing any more.
-
-    Measured: the first step from which on the policy wins all pairs of three steps in a row and 99% of all that follow; pairs of equal
-    answers do not count.
-    """
-
-    threshold: int = 5
-    """A 135M model as it came, on data in another style than its own, was there after 4 steps. It is not a failure (that iteration lowered
-    the NLL), but from there on only the other guards tell a good policy from a collapsed one."""
-
-    remedy: ClassVar[str] = (
-        "watch NLL and answers, not loss and accuracy; take fewer steps an iteration, or a higher spin.beta with a lower rate"
+def repetition(measures: Measures, threshold: float) -> Reading:
+    real, _ = measures.evaluated("repeated_fraction_real")
+    worst = _worst(
+        _share_rise(measures, "repeated_fraction", least=real),
+        _share_rise(measures, "repeated_fraction_greedy", least=real),
     )
-
-    def look(self, measures: Measures) -> Reading:
-        accuracy, identical, pairs = (measures.column(key) for key in ("accuracy", "identical", "pairs"))
-        numbers = measures.column("step")
-        # Steps with nothing but equal pairs tell nothing.
-        steps = [row for row in zip(numbers, accuracy, identical, pairs, strict=True) if row[2] < 1]
-        won = [right > 1 - equal - 0.5 / count for _, right, equal, count in steps]
-        for i in range(len(steps) - STREAK + 1):
-            rest = steps[i:]
-            if all(won[i : i + STREAK]) and sum(right for _, right, _, _ in rest) >= WON * sum(
-                1 - equal for _, _, equal, _ in rest
-            ):
-                step = int(steps[i][0])
-                return Reading(
-                    step, step <= self.threshold, f"from step {step} of {len(accuracy)} on the policy won every pair"
-                )
-        return Reading(None, False, f"in {len(accuracy)} steps the policy never won every pair for good")
+    said = (
+        f"{worst.share:.1%} of the 4-grams of {worst.kind} answers are repetitions, of the opponent's "
+        f"{worst.opponent:.1%}, of the real ones' {real:.1%}"
+    )
+    return Reading(worst.rise, _exceeds(worst.excess, threshold), said)
 
 
-@dataclasses.dataclass(frozen=True)
-class GuardsConfig:
-    """What is looked at after each iteration of self-play, before the policy becomes the opponent; see docs/guards.md."""
+def converged(measures: Measures, threshold: float) -> Reading:
+    identical, count = measures.pairs["counts"]["identical"], measures.pairs["num_pairs"]
+    share = identical / count
+    said = f"{identical} of {count} generated answers equal the real ones ({share:.1%})"
+    return Reading(share, _exceeds(share, threshold), said)
 
-    real_logps_fall: RealLogpsFall = RealLogpsFall()
-    """Real training answers lose probability while the margin rises."""
-    nll_rise: NllRise = NllRise()
-    """Held-out answers lose probability."""
-    end_of_answer: EndOfAnswer = EndOfAnswer()
-    """Answers stop ending."""
-    length: Length = Length()
-    """Answers collapse or run on."""
-    repetition: Repetition = Repetition()
-    """Answers repeat themselves."""
-    converged: Converged = Converged()
-    """Generated answers equal the real ones."""
-    saturated: Saturated = Saturated()
-    """The opponent is beaten within a few steps."""
 
-    def by_name(self) -> dict[str, Any]:
-        """Each guard's settings (a :class:`Guard` with a ``threshold``), in order."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+def saturated(measures: Measures, threshold: float) -> Reading:
+    accuracy, identical, pairs = (measures.column(key) for key in ("accuracy", "identical", "pairs"))
+    numbers = measures.column("step")
+    # Steps with nothing but equal pairs tell nothing.
+    told = [i for i in range(len(numbers)) if identical[i] < 1]
+    different = [1 - identical[i] for i in told]
+    won = [accuracy[i] for i in told]
+    # Half a pair of tolerance: the shares are rounded.
+    won_all = [accuracy[i] > 1 - identical[i] - 0.5 / pairs[i] for i in told]
+    for start in range(len(told) - STREAK + 1):
+        if not all(won_all[start : start + STREAK]):
+            continue
+        if sum(won[start:]) >= WON_SHARE * sum(different[start:]):
+            step = int(numbers[told[start]])
+            said = f"from step {step} of {len(numbers)} on the policy won every pair"
+            return Reading(step, step <= threshold, said)
+    return Reading(None, False, f"in {len(numbers)} steps the policy never won every pair for good")
+
+
+LOOKS: dict[str, Callable[[Measures, float], Reading]] = {
+    "real_logps_fall": real_logps_fall,
+    "nll_rise": nll_rise,
+    "end_of_answer": end_of_answer,
+    "length": length,
+    "repetition": repetition,
+    "converged": converged,
+    "saturated": saturated,
+}
+"""The reading of each guard of :class:`GuardsConfig`; raises :class:`UnseenError` if what it measures is not there."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What one guard has to say of an iteration."""
+    """What one guard found in an iteration."""
 
     guard: str
     action: Action
@@ -328,7 +219,7 @@ class Verdict:
     @property
     def line(self) -> str:
         """For the user: what was measured, the threshold, what to do."""
-        remedy = getattr(GuardsConfig(), self.guard).remedy
+        remedy = GuardsConfig().by_name()[self.guard].remedy
         return f"{self.said}; guards.{self.guard}.threshold is {self.threshold:g}: {remedy}"
 
 
@@ -339,7 +230,7 @@ def judge(guards: GuardsConfig, measures: Measures) -> list[Verdict]:
         if guard.action == "off":
             continue
         try:
-            reading = guard.look(measures)
+            reading = LOOKS[name](measures, guard.threshold)
         except UnseenError as missing:
             verdicts.append(Verdict(name, guard.action, guard.threshold, None, None, str(missing)))
             continue
@@ -348,7 +239,7 @@ def judge(guards: GuardsConfig, measures: Measures) -> list[Verdict]:
 
 
 def outcome(verdicts: Sequence[Verdict]) -> Outcome:
-    """What the verdicts come to: the gravest action of a guard that tripped."""
+    """The gravest action of a guard that tripped."""
     tripped = {verdict.action for verdict in verdicts if verdict.tripped}
     return next((grave for grave in reversed(ORDER) if grave in tripped), "pass")
 
@@ -357,31 +248,39 @@ def _exceeds(value: float, threshold: float) -> bool:
     return not value <= threshold  # so that NaN does
 
 
-def _rank(value: float) -> float:
-    return math.inf if math.isnan(value) else value
-
-
 def _last(count: int) -> int:
-    """Where the last steps begin."""
-    return max(0, count - max(STREAK, math.ceil(count * WINDOW)))
+    """Index of the first of the last steps."""
+    return max(0, count - max(STREAK, math.ceil(count * LAST_SHARE)))
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)  # not fsum, nor a power above: they raise where a sum is simply inf or NaN
+    return sum(values) / len(values)  # sum, not math.fsum: that raises on inf
 
 
 def _error(values: Sequence[float]) -> float:
-    """Standard error of the mean; 0 for a single value, of which none is known."""
+    """Standard error of the mean; 0 for a single value, whose error is not known."""
     if len(values) < 2:
         return 0.0
     mean = _mean(values)
+    # A product, not a power: ** raises when it overflows.
     return math.sqrt(sum((value - mean) * (value - mean) for value in values) / (len(values) - 1) / len(values))
 
 
-def _share_rise(measures: Measures, key: str, *, least: float = 0.0) -> tuple[float, float, str, float, float]:
-    """(rise above the greater of the opponent's share and ``least``, noise, "sampled" or "greedy", share, opponent's share)."""
+def _share_rise(measures: Measures, key: str, *, least: float = 0.0) -> ShareRise:
+    """How far the share ``key`` rose above the greater of the opponent's and ``least``."""
     share, opponent = measures.evaluated(key)
     count, _ = measures.evaluated("num_prompts")
-    # Of all quantities between 0 and 1 a yes or no has the greatest variance.
-    noise = ERRORS * math.sqrt(sum(max(p * (1 - p), 0.0) for p in (share, opponent)) / max(count, 1))
-    return share - max(opponent, least), noise, "greedy" if key.endswith("_greedy") else "sampled", share, opponent
+    # Of all quantities between 0 and 1, one that is 0 or 1 has the greatest variance, so this errs on the safe side.
+    variance = sum(max(p * (1 - p), 0.0) for p in (share, opponent)) / max(count, 1)
+    return ShareRise(
+        kind="greedy" if key.endswith("_greedy") else "sampled",
+        share=share,
+        opponent=opponent,
+        rise=share - max(opponent, least),
+        noise=STANDARD_ERRORS * math.sqrt(variance),
+    )
+
+
+def _worst(*rises: ShareRise) -> ShareRise:
+    """The rise with the greatest excess; one that is not a number is worse than all others."""
+    return max(rises, key=lambda rise: math.inf if math.isnan(rise.excess) else rise.excess)

@@ -12,8 +12,9 @@ REQUIRED = ("num_attention_heads", "num_hidden_layers", "intermediate_size")
 def alignment(config: Config) -> int:
     """The multiple to which the sequence length of a microbatch is rounded up, in tokens.
 
-    8, because tensor cores process 16-bit matrices in blocks of 8 rows and Transformer Engine's FP8 products need a number of rows that 8
-    divides. Sequence parallelism cuts each sequence over the tensor parallel ranks, so there every rank's part is a multiple of 8.
+    8, because tensor cores process 16-bit matrices in blocks of 8 rows, and 8 must divide the number of rows of
+    Transformer Engine's FP8 products. Sequence parallelism cuts each sequence over the tensor parallel ranks; there
+    each rank's part is a multiple of 8.
     """
     if config.parallel.sequence_parallel:
         return 8 * config.parallel.tensor_model_parallel_size
@@ -60,10 +61,6 @@ def _model_errors(config: Config, hf_config: dict[str, Any]) -> list[str]:
         errors.append(
             f"parallel.pipeline_model_parallel_size={pp} does not divide the model's num_hidden_layers={layers}: "
             "choose a divisor"
-        )
-    if config.parallel.sequence_parallel and tp == 1:
-        errors.append(
-            "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1, which is 1: set it to false"
         )
     return errors
 

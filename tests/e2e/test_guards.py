@@ -82,7 +82,7 @@ def test_a_ruined_model_is_warned_of_and_the_run_goes_on(run: tuple[Path, Path])
     run_tool("report.py", directory)
     report = (directory / "report.md").read_text()
     assert (
-        "Guard nll_rise (warn) after SPIN 0: held-out NLL a token is" in report
+        "Guard nll_rise (warn) after SPIN 0: held-out NLL per token is" in report
         and "The result is iteration 0" in report
     )
 
@@ -94,7 +94,7 @@ def test_stop_stops_again_until_the_user_decides(run: tuple[Path, Path]) -> None
         ran = spin(config, directory, "--until", "rotate:0", *stop)
         errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
         assert ran.returncode == 2 and len(errors) == 1 and "Traceback" not in ran.stderr, ran.stderr
-        assert "guard nll_rise: held-out NLL a token is" in errors[0] and "guards.nll_rise.action=warn" in errors[0]
+        assert "guard nll_rise: held-out NLL per token is" in errors[0] and "guards.nll_rise.action=warn" in errors[0]
         assert (
             "guard:0" not in state(directory)["phases"]
             and not (directory / "iteration_0/DONE").exists()

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_spin.config import from_dict, to_yaml
+from megatron_spin.config import GuardsConfig, from_dict, to_yaml
 from megatron_spin.errors import ConfigError
-from megatron_spin.evaluation.guards import GuardsConfig, Measures, Verdict, judge, outcome
+from megatron_spin.evaluation.guards import Measures, Verdict, judge, outcome
 
 STEPS = 40
 BASE: dict[str, Any] = {"name": "n", "model": {"hf": "m"}, "data": {"path": "d"}}
@@ -167,7 +167,7 @@ def test_a_line_says_what_was_measured_the_threshold_and_what_to_do() -> None:
             and "\n" not in line
         )
     assert (
-        "held-out NLL a token is 2.0000, the opponent's 1.0000 (+100%)"
+        "held-out NLL per token is 2.0000, the opponent's 1.0000 (+100%)"
         in judge(GuardsConfig(), measures(nll_per_token=2.0))[1].line
     )
 
@@ -181,8 +181,8 @@ def test_settings_survive_yaml_and_are_checked(tmp_path) -> None:
     assert load_config(path) == config and load_config(path, ["guards.length.action=off"]) == config
     assert changes_forbidden(path, from_dict(BASE)) == []  # what may change when a run goes on
     for bad, message in {
-        "guards.nll_rise.threshold=-1": "guards.nll_rise.threshold=-1 must lie between 0 and inf",
-        "guards.length.threshold=0.5": "must lie between 1 and inf",
+        "guards.nll_rise.threshold=-1": "guards.nll_rise.threshold=-1.0 must not be negative",
+        "guards.length.threshold=0.5": "guards.length.threshold=0.5 must be at least 1",
         "guards.converged.threshold=95": "must lie between 0 and 1",
         "guards.nll_rise.action=abort": "guards.nll_rise.action: 'abort' is not one of off, warn, stop, rollback",
         "guards.nll_raise.action=warn": "did you mean guards.nll_rise",

@@ -1,6 +1,5 @@
 """What is refused before a process group exists: layouts, FP8, devices, versions, foreign packages."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -98,13 +97,6 @@ def test_heads_without_groups_and_incomplete_config():
     assert layout_errors(config(), {**HF, "num_key_value_heads": None}, world_size=1) == []
     [error] = layout_errors(config(), {"num_attention_heads": 4, "num_hidden_layers": 2}, world_size=1)
     assert "lacks intermediate_size" in error
-
-
-def test_sequence_parallel_without_tensor_parallel():
-    whole = config()
-    broken = dataclasses.replace(whole, parallel=dataclasses.replace(whole.parallel, sequence_parallel=True))
-    [error] = layout_errors(broken, HF, world_size=1)
-    assert "sequence_parallel=true" in error and "tensor_model_parallel_size > 1" in error
 
 
 PER_TENSOR = ("delayed", "tensorwise")

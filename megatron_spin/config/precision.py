@@ -1,0 +1,21 @@
+"""Section ``precision``."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    """The number formats of training and of exported models."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Compute dtype; main weights and optimizer state are fp32 either way."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """FP8 format of Transformer Engine; an error if the GPU, CUDA or Transformer Engine does not support it."""
+    export: Literal["fp32", "bf16"] | None = None
+    """Dtype of the exported model, hence of the opponent; null: the compute dtype."""
+
+    @property
+    def export_dtype(self) -> Literal["fp32", "bf16"]:
+        """``export``, or the compute dtype."""
+        return self.export or self.dtype
