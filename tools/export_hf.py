@@ -1,6 +1,7 @@
 """Megatron checkpoint to Hugging Face directory, alone or under torchrun, at any parallel layout."""
 
 import argparse
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -63,19 +64,19 @@ def main() -> None:
             "--checkpoint and --hf are both needed without --config: give the checkpoint's directory and the one to write"
         )
 
-    from megatron_spin.hf.assets import stored_dtype
-    from megatron_spin.hf.files import read_config
+    from megatron_spin.hf.assets import CHECKPOINT_ASSETS, stored_dtype
+    from megatron_spin.hf.files import read_hf_config
     from megatron_spin.parallel.setup import check_config, choose_device, initialize
 
-    assets = checkpoint / "hf"
-    dtype = arguments.dtype or (run[0].precision.export_dtype if run else stored_dtype(read_config(assets)))
+    assets = checkpoint / CHECKPOINT_ASSETS
+    dtype = arguments.dtype or (run[0].precision.export_dtype if run else stored_dtype(read_hf_config(assets)))
     config = conversion.conversion_config(
         arguments, run[0] if run else None, hf_dir=assets, dtype=run[0].precision.dtype if run else dtype
     )
     device = choose_device(config.device)
     check_config(config, device, world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
-    from megatron_spin.phases.conversion import export_model
+    from megatron_spin.phases.export_model import export_model
 
     dims = initialize(config.parallel, device)
     result = export_model(config, checkpoint, out_dir, dims=dims, dtype=dtype)
@@ -88,7 +89,7 @@ def main() -> None:
                 identity=result.identity,
                 dtype=dtype,
                 step=result.step,
-                **result.parity,
+                **dataclasses.asdict(result.parity),
             )
 
 

@@ -1,6 +1,7 @@
 """Hugging Face directory to Megatron checkpoint (step 0), alone or under torchrun, at any parallel layout."""
 
 import argparse
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -47,15 +48,15 @@ def main() -> None:
         )
 
     from megatron_spin.hf.assets import stored_dtype
-    from megatron_spin.hf.files import read_config
+    from megatron_spin.hf.files import read_hf_config
     from megatron_spin.parallel.setup import check_config, choose_device, initialize
 
-    dtype = arguments.dtype or (run[0].precision.dtype if run else stored_dtype(read_config(source)))
+    dtype = arguments.dtype or (run[0].precision.dtype if run else stored_dtype(read_hf_config(source)))
     config = conversion.conversion_config(arguments, run[0] if run else None, hf_dir=source, dtype=dtype)
     device = choose_device(config.device)
     check_config(config, device, world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
-    from megatron_spin.phases.conversion import import_model
+    from megatron_spin.phases.import_model import import_model
 
     dims = initialize(config.parallel, device)
     result = import_model(config, checkpoint, dims=dims)
@@ -63,7 +64,11 @@ def main() -> None:
         print(f"import: {source} -> {checkpoint}, {result}")
         if run is not None:
             run[1].mark_done(
-                "import", seconds=time.monotonic() - started, identity=result.identity, dtype=dtype, **result.parity
+                "import",
+                seconds=time.monotonic() - started,
+                identity=result.identity,
+                dtype=dtype,
+                **dataclasses.asdict(result.parity),
             )
 
 

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_spin.conversion.parameters import Mapped, mapped_parameters
+from megatron_spin.conversion.records import Export, Parity
 from megatron_spin.errors import CheckpointError
 from megatron_spin.hf.assets import copy_assets, set_dtype
-from megatron_spin.hf.files import DTYPES, read_config, write_safetensors
+from megatron_spin.hf.files import DTYPES, read_hf_config, write_safetensors
 from megatron_spin.hf.identity import IdentityHasher, tensor_digest
 from megatron_spin.models.families import Family, family_of
 from megatron_spin.models.rules import Geometry, Shape
@@ -90,12 +91,13 @@ def export_hf(
     dtype: str,
     *,
     max_shard_bytes: int = 5 * 10**9,
-    verify: Callable[[Path], dict[str, Any]] | None = None,
-) -> str:
-    """Writes the model to ``out_dir`` as a Hugging Face directory and returns its identity (on every rank); a collective.
+    step: int | None = None,
+    verify: Callable[[Path], Parity] | None = None,
+) -> Export:
+    """Writes the model to ``out_dir`` as a Hugging Face directory; a collective, with the same result on every rank.
 
-    Everything is written into a temporary directory beside ``out_dir``, checked there by ``verify`` and renamed at the end: ``out_dir`` is
-    whole or not there. An earlier export at ``out_dir`` is replaced.
+    Everything is written into a temporary directory beside ``out_dir``, checked there by ``verify`` and renamed at the
+    end: ``out_dir`` is whole or not there. An earlier export at ``out_dir`` is replaced.
 
     Args:
         model: this rank's chunks.
@@ -103,8 +105,9 @@ def export_hf(
         out_dir: the directory to write.
         dtype: ``fp32`` or ``bf16``, of the files and in ``config.json``.
         max_shard_bytes: weights beyond it go into further files, with an index; one tensor is never split.
-        verify: called on rank 0 with the finished temporary directory; what it returns (plain data) is kept in ``export.json``, what it
-            raises discards the export.
+        step: training step of the weights, kept in ``export.json``.
+        verify: called on rank 0 with the finished temporary directory; what it returns is kept in ``export.json``, what
+            it raises discards the export.
 
     Raises:
         CheckpointError: as :func:`stream_hf`, or ``out_dir`` holds something that is no export.
@@ -113,12 +116,13 @@ def export_hf(
     out_dir = Path(out_dir)
     temporary = out_dir.with_name(f".{out_dir.name}.partial")
     with raised_everywhere(dims):
-        config = read_config(assets_dir)
+        config = read_hf_config(assets_dir)
         if dims.rank == 0:
             _check_replaceable(out_dir)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     hasher = IdentityHasher(dtype)
+    parity: Parity | None = None
     tensors = stream_hf(model, config, dims, dtype)
     try:
         with raised_everywhere(dims):
@@ -132,15 +136,19 @@ def export_hf(
             if dims.rank == 0:
                 copy_assets(assets_dir, temporary)
                 set_dtype(temporary, dtype)
-                details = verify(temporary) if verify is not None else {}
-                marker = {"identity": hasher.hexdigest(), "dtype": dtype, **details}
+                marker: dict[str, Any] = {"identity": hasher.hexdigest(), "dtype": dtype}
+                if step is not None:
+                    marker["step"] = step
+                if verify is not None:
+                    parity = verify(temporary)
+                    marker |= dataclasses.asdict(parity)
                 (temporary / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
                 _replace(temporary, out_dir)
     except BaseException:
         if dims.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return gather_objects(hasher.hexdigest(), dims)[0]
+    return gather_objects(Export(hasher.hexdigest(), parity), dims)[0]
 
 
 def _hashed(tensors: Iterable[tuple[str, torch.Tensor]], hasher: IdentityHasher) -> Iterator[tuple[str, torch.Tensor]]:

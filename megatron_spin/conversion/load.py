@@ -8,7 +8,7 @@ import torch
 
 from megatron_spin.conversion.parameters import Mapped, mapped_parameters
 from megatron_spin.errors import CheckpointError
-from megatron_spin.hf.files import DTYPES, TensorFiles, read_config
+from megatron_spin.hf.files import DTYPES, TensorFiles, read_hf_config
 from megatron_spin.hf.identity import is_buffer, is_tied_copy
 from megatron_spin.models.families import family_of
 from megatron_spin.models.rules import Geometry
@@ -33,7 +33,7 @@ def load_hf(model: Sequence[torch.nn.Module], hf_dir: Path, dims: ParallelDims, 
     with contextlib.ExitStack() as stack:
         with raised_everywhere(dims):
             files = stack.enter_context(TensorFiles(hf_dir))
-            config = read_config(hf_dir)
+            config = read_hf_config(hf_dir)
             geometry = Geometry.from_hf(config)
             mapped = mapped_parameters(model, family=family_of(config), geometry=geometry)
             for item in mapped:

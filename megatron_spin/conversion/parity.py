@@ -10,6 +10,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from megatron_spin.conversion.records import Parity
 from megatron_spin.data.batches import Example, collate, sequence_length
 from megatron_spin.errors import CheckpointError, GateError
 from megatron_spin.hf.logps import TokenIds, hf_token_logps, load_model
@@ -48,7 +49,7 @@ CEILING = Bound(mean=0.25, largest=5.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Probe:
+class ParitySample:
     """Sequences and the trainer's log-probs of their answers. Everything is aligned to ``input_ids``: position t speaks of token t."""
 
     input_ids: torch.Tensor
@@ -59,14 +60,14 @@ class Probe:
     """[n, s] fp32: log p(input_ids[t] | input_ids[:t]) in nats where ``response_mask`` is 1, else 0."""
 
     def save(self, path: Path) -> None:
-        """Writes the probe as safetensors, whole or not at all."""
+        """Writes the sample as safetensors, whole or not at all."""
         with atomic_writer(path, "wb") as file:
             file.write(
                 save({field.name: getattr(self, field.name).contiguous().cpu() for field in dataclasses.fields(self)})
             )
 
     @staticmethod
-    def load(path: Path) -> "Probe":
+    def load(path: Path) -> "ParitySample":
         """Reads what :meth:`save` wrote.
 
         Raises:
@@ -74,9 +75,11 @@ class Probe:
         """
         try:
             tensors = load_file(path)
-            return Probe(**{field.name: tensors[field.name] for field in dataclasses.fields(Probe)})
+            return ParitySample(**{field.name: tensors[field.name] for field in dataclasses.fields(ParitySample)})
         except (SafetensorError, OSError, KeyError) as error:
-            raise CheckpointError(f"{path} is no probe ({error}): delete it, then a random one is used") from None
+            raise CheckpointError(
+                f"{path} is no parity sample ({error}): delete it, then a random one is used"
+            ) from None
 
     def sequences(self) -> list[tuple[TokenIds, TokenIds]]:
         """(prompt ids, response ids) of each row."""
@@ -100,10 +103,10 @@ def random_sequences(
     return [(row[:1], row[1:]) for row in tokens]
 
 
-def megatron_probe(
+def parity_sample(
     model: Sequence[torch.nn.Module], sequences: Sequence[tuple[TokenIds, TokenIds]], *, dims: ParallelDims
-) -> Probe:
-    """Runs ``sequences`` through the Megatron model, one microbatch, and gives the probe on every rank; a collective.
+) -> ParitySample:
+    """Runs ``sequences`` through the Megatron model, one microbatch, and gives the sample on every rank; a collective.
 
     Args:
         model: this rank's chunks, its padded vocabulary masked (:func:`megatron_spin.models.vocabulary.mask_padding`).
@@ -112,30 +115,30 @@ def megatron_probe(
     examples = [Example(prompt, (response,)) for prompt, response in sequences]
     batch = collate(examples, length=sequence_length(examples, multiple=dims.tp_size), device=dims.device)
     results = run_schedule(probe_forward_step(), model, [batch], forward_only=True)
-    # Labels are one token ahead of inputs; the probe speaks of the tokens themselves, so everything moves right by one.
+    # Labels are one token ahead of inputs; the sample speaks of the tokens themselves, so everything moves right by one.
     input_ids = torch.cat([batch.input_ids[:, :1], batch.labels], dim=1)
     response_mask = torch.nn.functional.pad(batch.response_mask.long(), (1, 0))
     logps = torch.zeros(input_ids.shape, dtype=torch.float32, device=dims.device)
     if results and dims.tp_rank == 0 and dims.dp_rank == 0:
         logps[:, 1:] = torch.where(batch.response_mask > 0, results[0], 0.0)
     dist.all_reduce(logps)  # one rank has them, the others add zeros
-    return Probe(input_ids.cpu(), response_mask.cpu(), logps.cpu())
+    return ParitySample(input_ids.cpu(), response_mask.cpu(), logps.cpu())
 
 
 def check_parity(
-    hf_dir: Path, probe: Probe, *, dtype: str, bound: Bound, device: torch.device, batch_size: int = 4
-) -> dict[str, float]:
-    """Compares ``probe`` with the transformers model in ``hf_dir``, run in ``dtype``; returns mean and largest difference in nats.
+    hf_dir: Path, sample: ParitySample, *, dtype: str, bound: Bound, device: torch.device, batch_size: int = 4
+) -> Parity:
+    """Compares ``sample`` with the transformers model in ``hf_dir``, run in ``dtype``.
 
     Where bf16 differs by more than ``bound``, the model may be one that rounding moves that much: transformers in fp32 then tells, and the
-    probe may be as far from it as :data:`NOISE` times transformers in bf16 is.
+    sample may be as far from it as :data:`NOISE` times transformers in bf16 is.
 
     Raises:
         GateError: they differ by more than that; the message names the largest difference and where it is.
         CheckpointError: transformers cannot load ``hf_dir``.
     """
-    sequences = probe.sequences()
-    expected = probe.token_logps[probe.response_mask.bool()]
+    sequences = sample.sequences()
+    expected = sample.token_logps[sample.response_mask.bool()]
 
     def logps(dtype: str) -> torch.Tensor:
         return torch.cat(
@@ -146,7 +149,7 @@ def check_parity(
 
     found = logps(dtype)
     differences, between = _differences(found, expected), "and the Megatron model"
-    parity = {"mean_difference": float(differences.mean()), "largest_difference": float(differences.max())}
+    parity = Parity(mean_difference=float(differences.mean()), largest_difference=float(differences.max()))
     if bound.holds(differences):
         return parity
     if dtype == "bf16" and bool(found.isfinite().all()):

@@ -12,6 +12,8 @@ _PATTERNS = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "tekken.json",
 )  # fmt: skip
 _DIRECTORIES = ("additional_chat_templates",)
+CHECKPOINT_ASSETS = "hf"
+"""Subdirectory of a checkpoint directory with the model's config and tokenizer files: an export needs nothing else."""
 _HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 

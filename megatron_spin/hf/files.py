@@ -24,7 +24,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def read_config(hf_dir: Path) -> dict[str, Any]:
+def read_hf_config(hf_dir: Path) -> dict[str, Any]:
     """The plain contents of ``config.json``.
 
     Raises:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_spin.hf.files import DTYPES, TensorFiles, read_config
+from megatron_spin.hf.files import DTYPES, TensorFiles, read_hf_config
 
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 
@@ -55,7 +55,7 @@ def identity(hf_dir: Path, dtype: str) -> str:
     Raises:
         CheckpointError: the directory has no readable safetensors.
     """
-    tied = bool(read_config(hf_dir).get("tie_word_embeddings", False))
+    tied = bool(read_hf_config(hf_dir).get("tie_word_embeddings", False))
     hasher = IdentityHasher(dtype)
     with TensorFiles(hf_dir) as files:
         for name in files.names:

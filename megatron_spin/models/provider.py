@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_spin.config import Config
 from megatron_spin.config.named import load_named
 from megatron_spin.errors import ConfigError
-from megatron_spin.hf.files import read_config
+from megatron_spin.hf.files import read_hf_config
 from megatron_spin.models.gpt import gpt_model
 from megatron_spin.models.precision import allowed_dtypes, in_precision
 from megatron_spin.models.vocabulary import mask_padding
@@ -32,7 +32,7 @@ def model_provider(config: Config, dims: ParallelDims) -> ModelProvider:
     """
     name = config.model.provider
     if name is None:
-        hf_config = read_config(Path(config.model.hf))
+        hf_config = read_hf_config(Path(config.model.hf))
 
         def ours(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> MegatronModule:
             return gpt_model(
@@ -57,7 +57,7 @@ def build_model(config: Config, dims: ParallelDims) -> list[MegatronModule]:
         ConfigError: the provider cannot be found, or its model has dropout or another dtype than ``precision.dtype``.
     """
     provider = model_provider(config, dims)
-    vocab_size = read_config(Path(config.model.hf))["vocab_size"]
+    vocab_size = read_hf_config(Path(config.model.hf))["vocab_size"]
     with megatron_region():
         model = provider(pre_process=dims.is_first_stage, post_process=dims.is_last_stage, vp_stage=None)
         _check_provided(model, config)

@@ -9,7 +9,7 @@ import torch
 
 from megatron_spin.config import Config, ParallelConfig
 from megatron_spin.errors import DeviceError
-from megatron_spin.hf.files import read_config
+from megatron_spin.hf.files import read_hf_config
 from megatron_spin.parallel import cpu_device
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.fp8 import check_fp8
@@ -58,7 +58,7 @@ def check_config(config: Config, device: torch.device, *, world_size: int) -> No
     """
     check_layer_spec(config, device)
     check_fp8(config, device)
-    check_layout(config, read_config(Path(config.model.hf)), world_size=world_size)
+    check_layout(config, read_hf_config(Path(config.model.hf)), world_size=world_size)
 
 
 def initialize(parallel: ParallelConfig, device: torch.device, *, seed: int = 0) -> ParallelDims:

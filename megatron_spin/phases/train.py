@@ -13,13 +13,13 @@ import torch
 from megatron_spin.config import Config, at_iteration
 from megatron_spin.conversion.export import stream_hf
 from megatron_spin.conversion.load import load_hf
-from megatron_spin.conversion.parity import PROBE_FILE, megatron_probe
+from megatron_spin.conversion.parity import PROBE_FILE, parity_sample
 from megatron_spin.data.batches import BatchSampler, Example, sequence_length
 from megatron_spin.data.pairs import load_pairs
 from megatron_spin.data.rows import load_rows
 from megatron_spin.errors import GateError, RunDirError
-from megatron_spin.hf.assets import copy_assets
-from megatron_spin.hf.files import read_config
+from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets
+from megatron_spin.hf.files import read_hf_config
 from megatron_spin.hf.identity import IdentityHasher, identity
 from megatron_spin.io import read_json
 from megatron_spin.models.provider import build_model
@@ -154,7 +154,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
         _check_same_training(target, state, loaded)
         say(f"resumed from step {done} of {trainer.schedule.total}")
     elif dims.rank == 0:
-        copy_assets(source / "hf", target.checkpoints / "hf")
+        copy_assets(source / CHECKPOINT_ASSETS, target.checkpoints / CHECKPOINT_ASSETS)
 
     label = f"train {target.label}"
     with MetricsWriter(
@@ -288,7 +288,7 @@ def _numerics(config: Config, trainer: Trainer) -> dict[str, Any]:
 def _check_policy_is_opponent(config: Config, inputs: Inputs, trainer: Trainer) -> None:
     hasher = IdentityHasher(config.precision.export_dtype)
     for name, tensor in stream_hf(
-        trainer.model, read_config(Path(config.model.hf)), trainer.dims, config.precision.export_dtype
+        trainer.model, read_hf_config(Path(config.model.hf)), trainer.dims, config.precision.export_dtype
     ):
         hasher.add(name, tensor)
     with raised_everywhere(trainer.dims):
@@ -306,6 +306,6 @@ def _write_probe(target: Target, trainer: Trainer) -> None:
         for example in trainer.examples[:PROBE_EXAMPLES]
         for response in example.responses
     ]
-    probe = megatron_probe(trainer.model, sequences, dims=trainer.dims)
+    probe = parity_sample(trainer.model, sequences, dims=trainer.dims)
     if trainer.dims.rank == 0:
         probe.save(target.checkpoints / PROBE_FILE)

@@ -80,10 +80,11 @@ def gradients(trainer: Any, hf: Path) -> dict[str, np.ndarray]:
 def weights(trainer: Any, hf: Path) -> dict[str, np.ndarray]:
     """The weights under their Hugging Face names, on rank 0 (empty elsewhere)."""
     from megatron_spin.conversion.export import stream_hf
-    from megatron_spin.hf.files import read_config
+    from megatron_spin.hf.files import read_hf_config
 
     return {
-        name: tensor.numpy().copy() for name, tensor in stream_hf(trainer.model, read_config(hf), trainer.dims, "fp32")
+        name: tensor.numpy().copy()
+        for name, tensor in stream_hf(trainer.model, read_hf_config(hf), trainer.dims, "fp32")
     }
 
 

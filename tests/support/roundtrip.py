@@ -106,14 +106,14 @@ def roundtrip(hf_dir: Path, out_dir: Path, *, tp_size: int = 1, pp_size: int = 1
     load_hf(model, hf_dir, dims)
     tied = json.loads((hf_dir / "config.json").read_text())["tie_word_embeddings"]
     _check_vocabulary(dict(global_named_parameters(model)), read_weights(hf_dir), tied=tied, dims=dims)
-    digits = export_hf(model, hf_dir, out_dir, dims, dtype, max_shard_bytes=100_000)
-    assert digits == identity(hf_dir, dtype)
+    exported = export_hf(model, hf_dir, out_dir, dims, dtype, max_shard_bytes=100_000).identity
+    assert exported == identity(hf_dir, dtype)
     if dims.rank == 0:
         assert_same_model(out_dir, hf_dir)
         assert (out_dir / "model.safetensors.index.json").is_file()
-        assert identity(out_dir, dtype) == digits
+        assert identity(out_dir, dtype) == exported
         assert not list(out_dir.parent.glob(".*.partial"))
-    return digits
+    return exported
 
 
 def load_error(hf_dir: Path, *, built_from: Path, tp_size: int, pp_size: int) -> str:
@@ -179,10 +179,10 @@ def gate_differences(
 
     model, dims = start(hf_dir, tp_size=tp_size, pp_size=pp_size, dtype=dtype)
     from megatron_spin.conversion.load import load_hf
-    from megatron_spin.conversion.parity import BOUNDS, check_parity, megatron_probe, random_sequences
+    from megatron_spin.conversion.parity import BOUNDS, check_parity, parity_sample, random_sequences
 
     load_hf(model, hf_dir, dims)
-    probe = megatron_probe(model, random_sequences(json.loads((hf_dir / "config.json").read_text())), dims=dims)
+    sample = parity_sample(model, random_sequences(json.loads((hf_dir / "config.json").read_text())), dims=dims)
     results: list[float | str] = []
     for name, change in [("model.norm.weight", 0.0), *faults] if dims.rank == 0 else []:
         altered = work / f"{name}_{change}"
@@ -193,7 +193,7 @@ def gate_differences(
         save_file(weights, altered / "model.safetensors", metadata={"format": "pt"})
         try:
             results.append(
-                check_parity(altered, probe, dtype=dtype, bound=BOUNDS[dtype], device=dims.device)["largest_difference"]
+                check_parity(altered, sample, dtype=dtype, bound=BOUNDS[dtype], device=dims.device).largest_difference
             )
         except GateError as error:
             results.append(str(error))

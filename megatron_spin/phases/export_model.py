@@ -1,0 +1,50 @@
+"""The export phase: the latest checkpoint becomes a Hugging Face directory, behind the parity gate."""
+
+import functools
+from pathlib import Path
+
+from megatron_spin.config import Config
+from megatron_spin.conversion.export import export_hf
+from megatron_spin.conversion.parity import (
+    BOUNDS,
+    PROBE_FILE,
+    ParitySample,
+    check_parity,
+    parity_sample,
+    random_sequences,
+)
+from megatron_spin.conversion.records import Converted
+from megatron_spin.hf.assets import CHECKPOINT_ASSETS
+from megatron_spin.hf.files import read_hf_config
+from megatron_spin.models.provider import build_model
+from megatron_spin.parallel.collectives import raised_everywhere
+from megatron_spin.parallel.dims import ParallelDims
+from megatron_spin.training.checkpoint import load_checkpoint
+
+
+def export_model(config: Config, checkpoint: Path, out_dir: Path, *, dims: ParallelDims, dtype: str) -> Converted:
+    """Writes the latest checkpoint as a Hugging Face directory in ``dtype``; a collective.
+
+    The model computes in ``config.precision.dtype``. The gate compares the finished temporary directory with the trainer's
+    own log-probs (``probe.safetensors`` in ``checkpoint``) or, if the trainer left none, with those of the loaded model on
+    random tokens. Only then is the directory renamed into place.
+
+    Raises:
+        CheckpointError: the checkpoint or its ``hf/`` files are missing, corrupted or of another model.
+        GateError: the export is not the same function.
+    """
+    assets = checkpoint / CHECKPOINT_ASSETS
+    compute = config.precision.dtype
+    stored = None
+    with raised_everywhere(dims):
+        hf_config = read_hf_config(assets)
+        if (checkpoint / PROBE_FILE).is_file():
+            stored = ParitySample.load(checkpoint / PROBE_FILE)
+    model = build_model(config, dims)
+    step = int(load_checkpoint(checkpoint, model, dims=dims)["step"])
+    sample = stored or parity_sample(model, random_sequences(hf_config), dims=dims)
+    bound = BOUNDS["fp32" if compute == dtype == "fp32" else "bf16"]
+    verify = functools.partial(check_parity, sample=sample, dtype=compute, bound=bound, device=dims.device)
+    export = export_hf(model, assets, out_dir, dims, dtype, step=step, verify=verify)
+    assert export.parity is not None  # verify measured it
+    return Converted(identity=export.identity, dtype=dtype, step=step, parity=export.parity)

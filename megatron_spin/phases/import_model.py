@@ -1,0 +1,56 @@
+"""The import phase: a Hugging Face directory becomes the checkpoint of step 0, behind two gates."""
+
+from pathlib import Path
+
+from megatron_spin.config import Config
+from megatron_spin.conversion.identity import streamed_identity
+from megatron_spin.conversion.load import load_hf
+from megatron_spin.conversion.parity import BOUNDS, check_parity, parity_sample, random_sequences
+from megatron_spin.conversion.records import Converted, Parity
+from megatron_spin.errors import CheckpointError, GateError
+from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets, set_dtype
+from megatron_spin.hf.files import read_hf_config
+from megatron_spin.hf.identity import identity
+from megatron_spin.models.provider import build_model
+from megatron_spin.parallel.collectives import gather_objects, raised_everywhere
+from megatron_spin.parallel.dims import ParallelDims
+from megatron_spin.training.checkpoint import latest_step, save_checkpoint
+
+
+def import_model(config: Config, checkpoint: Path, *, dims: ParallelDims) -> Converted:
+    """Writes the Hugging Face model ``config.model.hf`` as the checkpoint of step 0; a collective.
+
+    The checkpoint is in ``config.precision.dtype``. Two gates run before anything is written: streaming the loaded model
+    back must give the bytes of the files (equal identities), and its log-probs must be those of transformers.
+
+    Raises:
+        CheckpointError: the model cannot be read or has another architecture, or ``checkpoint`` already holds training.
+        GateError: the loaded model is not the same function.
+    """
+    source = Path(config.model.hf)
+    dtype = config.precision.dtype
+    with raised_everywhere(dims):
+        hf_config = read_hf_config(source)
+        step = latest_step(checkpoint)
+        if step:
+            raise CheckpointError(f"{checkpoint} holds a checkpoint of step {step}: import into another directory")
+    model = build_model(config, dims)
+    load_hf(model, source, dims)
+    found = streamed_identity(model, hf_config, dims, dtype)
+    sample = parity_sample(model, random_sequences(hf_config), dims=dims)
+    parity: Parity | None = None
+    with raised_everywhere(dims):
+        if dims.rank == 0:
+            expected = identity(source, dtype)
+            if found != expected:
+                raise GateError(
+                    f"the model loaded from {source} streams back with identity {found}, not {expected}: "
+                    "weights were lost"
+                )
+            parity = check_parity(source, sample, dtype=dtype, bound=BOUNDS[dtype], device=dims.device)
+            copy_assets(source, checkpoint / CHECKPOINT_ASSETS)
+            set_dtype(checkpoint / CHECKPOINT_ASSETS, dtype)
+    save_checkpoint(checkpoint, 0, model, dims=dims)
+    parity = gather_objects(parity, dims)[0]
+    assert parity is not None  # rank 0 measured it
+    return Converted(identity=found, dtype=dtype, step=0, parity=parity)
