@@ -27,11 +27,17 @@ def main() -> None:
     prepared.save(run_dir.data)
     manifest = prepared.manifest
     if prepared.pairs is not None:  # DPO: the pairs are given, and the opponent is the model that the run begins with
-        from megatron_spin.data.pairs import save_pairs
+        from megatron_spin.data.pairs import TWO_ANSWERS, save_pairs
         from megatron_spin.hf.identity import identity
 
         opponent = identity(Path(config.model.hf), config.precision.export_dtype)
-        save_pairs(run_dir.target(iteration=0).pairs, prepared.pairs, opponent=opponent, data=manifest["identity"])
+        save_pairs(
+            run_dir.target(iteration=0).pairs,
+            prepared.pairs,
+            answers=TWO_ANSWERS,
+            opponent=opponent,
+            data=manifest["identity"],
+        )
     print(describe(manifest, config))
     run_dir.mark_done(
         "prepare", seconds=time.monotonic() - started, identity=manifest["identity"], prompts=manifest["counts"]["kept"]

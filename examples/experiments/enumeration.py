@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_spin.spin.losses import PairLogps, spin_loss
+from megatron_spin.spin.objective import AnswerLogps
+from megatron_spin.spin.pairwise import Spin
 
 
 def random_policy(prompts: int, answers: int, *, seed: int, scale: float = 1.0) -> Tensor:
@@ -18,11 +19,20 @@ def random_policy(prompts: int, answers: int, *, seed: int, scale: float = 1.0) 
     return (scale * torch.randn(prompts, answers, generator=generator, dtype=torch.float64)).log_softmax(-1)
 
 
-def all_pairs(policy: Tensor, opponent: Tensor) -> PairLogps:
-    """Every (real, generated) pair of answers to every prompt, [prompts, answers, answers] each; tables as above."""
-    shape = (*policy.shape, policy.shape[-1])
-    real, generated = (lambda table: table[:, :, None].expand(shape)), (lambda table: table[:, None, :].expand(shape))
-    return PairLogps(real(policy), generated(policy), real(opponent), generated(opponent))
+def answer_logps(policy: Tensor, opponent: Tensor, prompts: Tensor, answers: Tensor) -> AnswerLogps:
+    """Log-probs of the ``answers`` [n, r] (indices) to ``prompts`` [n] under both tables; every answer has one token."""
+    rows = prompts[:, None]
+    return AnswerLogps(
+        policy=policy[rows, answers],
+        reference=opponent[rows, answers],
+        lengths=torch.ones(answers.shape, dtype=policy.dtype),
+        identical=answers == answers[:, :1],
+    )
+
+
+def all_answers(prompts: int, answers: int, r: int) -> Tensor:
+    """Every prompt with every choice of r answers, [n, 1 + r] indices, in the order of the tables."""
+    return torch.cartesian_prod(torch.arange(prompts), *[torch.arange(answers)] * r)
 
 
 def spin_objective(
@@ -39,17 +49,20 @@ def spin_objective(
     Args:
         generated: what the generated answers are drawn from where that is not the opponent itself.
     """
-    weights = data.exp()[:, :, None] * (opponent if generated is None else generated).exp()[:, None, :]
-    return (weights * spin_loss(all_pairs(policy, opponent), beta=beta, loss=loss)).sum() / len(policy)
+    chosen = all_answers(*policy.shape, 2)
+    prompts, real, other = chosen.T
+    weights = data.exp()[prompts, real] * (opponent if generated is None else generated).exp()[prompts, other]
+    losses = Spin(beta=beta, loss=loss)(answer_logps(policy, opponent, prompts, chosen[:, 1:])).loss
+    return (weights * losses).sum() / len(policy)
 
 
 def pairs_objective(policy: Tensor, pairs: Tensor, *, opponent: Tensor, beta: float, loss: str = "logistic") -> Tensor:
-    """Equation 4.7 as it is trained: the mean over given pairs; ``pairs`` [n, 3] are indices (prompt, real answer, generated answer)."""
-    prompt, real, generated = pairs.T
-    logps = PairLogps(
-        policy[prompt, real], policy[prompt, generated], opponent[prompt, real], opponent[prompt, generated]
-    )
-    return spin_loss(logps, beta=beta, loss=loss).mean()
+    """Equation 4.7 as it is trained: the mean over given pairs.
+
+    Args:
+        pairs: [n, 3] indices: prompt, real answer, generated answer.
+    """
+    return Spin(beta=beta, loss=loss)(answer_logps(policy, opponent, pairs[:, 0], pairs[:, 1:])).loss.mean()
 
 
 def draw_pairs(data: Tensor, opponent: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -66,8 +79,11 @@ def sft_objective(policy: Tensor, *, data: Tensor) -> Tensor:
 
 def mean_margin(policy: Tensor, *, opponent: Tensor, data: Tensor, beta: float) -> float:
     """The margin's expectation over real ~ data and generated ~ opponent."""
-    weights = data.exp()[:, :, None] * opponent.exp()[:, None, :]
-    return (weights * all_pairs(policy, opponent).margin(beta)).sum().item() / len(policy)
+    chosen = all_answers(*policy.shape, 2)
+    prompts, real, generated = chosen.T
+    weights = data.exp()[prompts, real] * opponent.exp()[prompts, generated]
+    margins = Spin(beta=beta)(answer_logps(policy, opponent, prompts, chosen[:, 1:])).metrics["margin"]
+    return (weights * margins).sum().item() / len(policy)
 
 
 def divergence(data: Tensor, policy: Tensor) -> float:

@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from megatron_spin.conversion.records import Parity
-from megatron_spin.data.batches import Example, collate, sequence_length
+from megatron_spin.data.batcher import Batcher, Example, TokenIds
 from megatron_spin.errors import CheckpointError, GateError
-from megatron_spin.hf.logps import TokenIds, hf_token_logps, load_model
+from megatron_spin.hf.logps import hf_token_logps, load_model
 from megatron_spin.io import atomic_writer
 from megatron_spin.parallel.dims import ParallelDims
-from megatron_spin.parallel.pipeline import run_schedule
-from megatron_spin.training.forward_step import probe_forward_step
+from megatron_spin.parallel.pipeline import collect_token_logps, run_schedule
 
 PROBE_FILE = "probe.safetensors"
 
@@ -113,8 +113,16 @@ def parity_sample(
         sequences: (prompt ids, response ids) each; at least one prompt token.
     """
     examples = [Example(prompt, (response,)) for prompt, response in sequences]
-    batch = collate(examples, length=sequence_length(examples, multiple=dims.tp_size), device=dims.device)
-    results = run_schedule(probe_forward_step(), model, [batch], forward_only=True)
+    batcher = Batcher(
+        examples=examples,
+        micro_batch_size=len(examples),
+        alignment=dims.tp_size,
+        dp_rank=0,
+        dp_size=1,
+        device=dims.device,
+    )
+    [batch] = batcher.microbatches(np.arange(len(examples)))
+    results = run_schedule(collect_token_logps(), model, [batch], forward_only=True)
     # Labels are one token ahead of inputs; the sample speaks of the tokens themselves, so everything moves right by one.
     input_ids = torch.cat([batch.input_ids[:, :1], batch.labels], dim=1)
     response_mask = torch.nn.functional.pad(batch.response_mask.long(), (1, 0))

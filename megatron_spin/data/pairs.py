@@ -1,41 +1,58 @@
-"""Training pairs: for each prompt the real answer and the opponent's, of this iteration and, if reused, of the one before. No torch."""
+"""Training pairs: each prompt with its real answer and the answers that it is compared with. No torch.
+
+A pair file has one column of token ids per answer, ``real_ids`` first; its manifest names them. SPIN has two answers, other
+objectives may have more.
+"""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 
-from megatron_spin.data.rows import TOKENS, hash_rows, read_table, write_table
+from megatron_spin.data.rows import TOKENS, hash_values, read_table, write_columns
 from megatron_spin.errors import DataError, RunDirError
 from megatron_spin.io import read_json, write_json
 
-SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("iteration", pa.int64()),
-        ("prompt_ids", TOKENS),
-        ("real_ids", TOKENS),
-        ("generated_ids", TOKENS),
-        ("finish_reason", pa.string()),
-    ]
-)
+TWO_ANSWERS = ("real", "generated")
+"""The answers of a manifest that does not name them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A real and a generated answer to the same prompt."""
+    """One prompt with its real answer and at least one other answer."""
 
     index: int
     """Row number of the prompt in the source file, from 0."""
     iteration: int
     """The iteration whose opponent generated."""
     prompt_ids: list[int]
-    real_ids: list[int]
-    generated_ids: list[int]
-    """Ends with the end token if ``finish_reason`` is ``stop``; has none if it is ``length``."""
+    answers: tuple[list[int], ...]
+    """The real answer, the generated one, then any others, in the order of the objective's ``answers``."""
     finish_reason: Literal["stop", "length"]
+    """``stop``: the generated answer ends with the end token; ``length``: it was cut and has none."""
+
+    @property
+    def real_ids(self) -> list[int]:
+        return self.answers[0]
+
+    @property
+    def generated_ids(self) -> list[int]:
+        """The answer of the opponent, or the rejected answer of a preference row."""
+        return self.answers[1]
+
+    def values(self) -> list[Any]:
+        """The columns of the pair file in order."""
+        return [self.index, self.iteration, self.prompt_ids, *self.answers, self.finish_reason]
+
+
+def schema(answers: Sequence[str]) -> pa.Schema:
+    """Columns of a pair file with these answers."""
+    fields = [("index", pa.int64()), ("iteration", pa.int64()), ("prompt_ids", TOKENS)]
+    fields += [(f"{answer}_ids", TOKENS) for answer in answers]
+    fields.append(("finish_reason", pa.string()))
+    return pa.schema(fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,50 +61,56 @@ class BuiltPairs:
 
     pairs: list[Pair]
     counts: dict[str, int]
-    """``own`` and ``previous`` (pairs kept of each), ``truncated`` (own generated answers that did not end), ``dropped`` (those of them
-    that were left out), ``identical`` (kept pairs whose two answers are the same)."""
+    """``own`` and ``previous`` (pairs kept of each), ``truncated`` (own generated answers that did not end), ``dropped``
+    (those of them that were left out), ``identical`` (kept pairs whose real and generated answers are the same)."""
 
 
 def build_pairs(
-    generated: Sequence[Mapping[str, Any]],
-    *,
-    iteration: int,
-    truncated: Literal["keep", "drop"],
-    previous: Sequence[Pair] = (),
+    own: Sequence[Pair], *, truncated: Literal["keep", "drop"], previous: Sequence[Pair] = ()
 ) -> BuiltPairs:
-    """Own pairs from the objects of the shards, in their order, then ``previous`` ones.
+    """The iteration's own pairs in their order, then ``previous`` ones.
 
     Raises:
         DataError: no pair is left.
     """
-    own = [Pair(iteration=iteration, **row) for row in generated]
-    unfinished = sum(pair.finish_reason == "length" for pair in own)
-    kept = own if truncated == "keep" else [pair for pair in own if pair.finish_reason == "stop"]
-    pairs = [*kept, *previous]
+    kept = list(own)
+    if truncated == "drop":
+        kept = [pair for pair in own if pair.finish_reason == "stop"]
     if not kept:
         raise DataError(
-            f"none of the opponent's {len(own)} answers ended within generation.max_new_tokens, and generation.truncated=drop leaves none: "
-            "raise the one or set the other to keep"
+            f"none of the opponent's {len(own)} answers ended within generation.max_new_tokens, and "
+            "generation.truncated=drop leaves none: raise the one or set the other to keep"
         )
+    pairs = [*kept, *previous]
     counts = {
         "own": len(kept),
         "previous": len(previous),
-        "truncated": unfinished,
+        "truncated": sum(pair.finish_reason == "length" for pair in own),
         "dropped": len(own) - len(kept),
         "identical": sum(pair.real_ids == pair.generated_ids for pair in pairs),
     }
     return BuiltPairs(pairs, counts)
 
 
-def save_pairs(directory: Path, built: BuiltPairs, *, opponent: str, data: str) -> dict[str, Any]:
-    """Writes ``pairs.parquet``, then ``manifest.json``, which is returned."""
-    write_table(directory / "pairs.parquet", built.pairs, SCHEMA)
+def save_pairs(
+    directory: Path, built: BuiltPairs, *, answers: Sequence[str], opponent: str, data: str
+) -> dict[str, Any]:
+    """Writes ``pairs.parquet``, then ``manifest.json``, which is returned.
+
+    Args:
+        answers: names of the answers of each pair.
+        opponent: identity of the model that generated.
+        data: identity of the prepared rows.
+    """
+    columns = schema(answers)
+    write_columns(directory / "pairs.parquet", [pair.values() for pair in built.pairs], columns)
     manifest = {
         "opponent": opponent,
         "data": data,
+        "answers": list(answers),
         "num_pairs": len(built.pairs),
         "counts": built.counts,
-        "identity": hash_rows(built.pairs),
+        "identity": _identity(built.pairs),
     }
     write_json(directory / "manifest.json", manifest)
     return manifest
@@ -100,11 +123,22 @@ def load_pairs(path: Path) -> tuple[list[Pair], dict[str, Any]]:
         RunDirError: they are missing, damaged, or not what the manifest says.
     """
     manifest = read_json(path / "manifest.json")
-    pairs = [Pair(**row) for row in read_table(path / "pairs.parquet", SCHEMA)]
-    if hash_rows(pairs) != manifest["identity"]:
+    answers = manifest.get("answers", TWO_ANSWERS)
+    pairs = []
+    for row in read_table(path / "pairs.parquet", schema(answers)):
+        pairs.append(
+            Pair(
+                index=row["index"],
+                iteration=row["iteration"],
+                prompt_ids=row["prompt_ids"],
+                answers=tuple(row[f"{answer}_ids"] for answer in answers),
+                finish_reason=row["finish_reason"],
+            )
+        )
+    if _identity(pairs) != manifest["identity"]:
         raise RunDirError(
-            f"{path / 'pairs.parquet'} is not what its manifest.json says: restore the file, or delete {path} and generate again "
-            "(for DPO: use a new --run-dir)"
+            f"{path / 'pairs.parquet'} is not what its manifest.json says: restore the file, or delete {path} and "
+            "generate again (for DPO: use a new --run-dir)"
         )
     return pairs, manifest
 
@@ -119,3 +153,7 @@ def previous_pairs(path: Path, *, iteration: int, data: str) -> list[Pair]:
     if manifest["data"] != data:
         raise RunDirError(f"{path} was made from other data than this run's: restore data/, or use a new --run-dir")
     return [pair for pair in pairs if pair.iteration == iteration]
+
+
+def _identity(pairs: Iterable[Pair]) -> str:
+    return hash_values(pair.values() for pair in pairs)

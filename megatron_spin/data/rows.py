@@ -51,16 +51,26 @@ def load_rows(path: Path) -> list[Row]:
 
 def hash_rows(rows: Iterable[Any]) -> str:
     """Identity of a sequence of flat dataclasses: sha256 over their fields in order, hexadecimal."""
+    return hash_values(list(vars(row).values()) for row in rows)
+
+
+def hash_values(rows: Iterable[list[Any]]) -> str:
+    """As :func:`hash_rows`, of rows that are given as their values."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(list(vars(row).values()), separators=(",", ":")).encode())
+        digest.update(json.dumps(row, separators=(",", ":")).encode())
         digest.update(b"\n")
     return digest.hexdigest()
 
 
 def write_table(path: Path, rows: Sequence[Any], schema: pa.Schema) -> None:
     """Writes flat dataclasses with the fields of ``schema`` as Parquet, whole or not at all."""
-    columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
+    write_columns(path, [[getattr(row, name) for name in schema.names] for row in rows], schema)
+
+
+def write_columns(path: Path, rows: Sequence[Sequence[Any]], schema: pa.Schema) -> None:
+    """As :func:`write_table`, of rows that are given as their values in the order of ``schema``."""
+    columns = {name: [row[column] for row in rows] for column, name in enumerate(schema.names)}
     with atomic_writer(path, "wb") as file:
         pq.write_table(pa.table(columns, schema=schema), file)
 

@@ -1,7 +1,9 @@
 """The generation phase of one iteration: the opponent answers every prompt, shard by shard, then the training pairs are written."""
 
+import collections
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from megatron_spin.data.pairs import Pair, build_pairs, previous_pairs, save_pai
 from megatron_spin.data.rows import Row, hash_rows, load_rows
 from megatron_spin.errors import ConfigError, RunDirError
 from megatron_spin.generation.engine import EngineSettings, answer_caps, open_session
-from megatron_spin.generation.shards import Origin, Shard, ShardStore, plan_shards
+from megatron_spin.generation.shards import Generated, Origin, Shard, ShardStore, plan_shards
 from megatron_spin.hf.identity import identity
 from megatron_spin.io import read_json
 from megatron_spin.run.directory import RunDir
@@ -79,8 +81,10 @@ def generate_iteration(config: Config, run_dir: RunDir, iteration: int) -> dict[
     if config.spin.reuse_previous and iteration > 0:
         previous = previous_pairs(run_dir.target(iteration=iteration - 1).pairs, iteration=iteration - 1, data=data)
     truncated: Truncated = at_iteration(config.generation.truncated, iteration)
-    built = build_pairs(store.read(shards), iteration=iteration, truncated=truncated, previous=previous)
-    pairs = save_pairs(target.pairs, built, opponent=opponent, data=data)
+    answers = objective_class(config).answers
+    own = _own_pairs(store.read(shards), iteration, answers, _initial_answers(run_dir, iteration, answers, data))
+    built = build_pairs(own, truncated=truncated, previous=previous)
+    pairs = save_pairs(target.pairs, built, answers=answers, opponent=opponent, data=data)
     print(f"{pairs['num_pairs']} pairs: " + ", ".join(f"{count} {name}" for name, count in built.counts.items()))
     return {
         "opponent": opponent,
@@ -91,6 +95,45 @@ def generate_iteration(config: Config, run_dir: RunDir, iteration: int) -> dict[
         "tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
     }
+
+
+def _initial_answers(run_dir: RunDir, iteration: int, answers: Sequence[str], data: str) -> dict[int, list[list[int]]]:
+    """What the model that the run starts from answered to each prompt, by the prompt's index, one entry per sample.
+
+    Empty in iteration 0, where the opponent is that model, and for objectives that do not ask for it.
+    """
+    initial: dict[int, list[list[int]]] = collections.defaultdict(list)
+    if "initial" in answers and iteration > 0:
+        for pair in previous_pairs(run_dir.target(iteration=0).pairs, iteration=0, data=data):
+            initial[pair.index].append(pair.generated_ids)
+    return initial
+
+
+def _own_pairs(
+    generated: Sequence[Generated], iteration: int, answers: Sequence[str], initial: Mapping[int, list[list[int]]]
+) -> list[Pair]:
+    """The iteration's pairs; a prompt whose initial answer was dropped in iteration 0 gives none."""
+    pairs = []
+    seen: collections.Counter[int] = collections.Counter()
+    for row in generated:
+        by_name = {"real": row["real_ids"], "generated": row["generated_ids"], "initial": row["generated_ids"]}
+        if "initial" in answers and iteration > 0:
+            given = initial.get(row["index"], [])
+            if not given:
+                continue
+            # The k-th sample of a prompt meets the k-th initial answer; where there were fewer, they are taken in turn.
+            by_name["initial"] = given[seen[row["index"]] % len(given)]
+            seen[row["index"]] += 1
+        pairs.append(
+            Pair(
+                index=row["index"],
+                iteration=iteration,
+                prompt_ids=row["prompt_ids"],
+                answers=tuple(by_name[answer] for answer in answers),
+                finish_reason=row["finish_reason"],
+            )
+        )
+    return pairs
 
 
 def _rows(run_dir: RunDir) -> tuple[list[Row], str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from megatron_spin.config import Config, DataConfig, Truncated, at_iteration
-from megatron_spin.data.pairs import BuiltPairs, build_pairs
+from megatron_spin.data.pairs import BuiltPairs, Pair, build_pairs
 from megatron_spin.data.reading import Rejected, Sample, read_samples
 from megatron_spin.data.rows import REJECTED, Row, hash_rows, save_rows
 from megatron_spin.data.templates import (
@@ -271,18 +271,19 @@ def _check_end(
 
 def _pairs(rows: Sequence[Row], rejected: dict[int, Row], truncated: Truncated) -> BuiltPairs:
     """Pairs of ``rows`` with their rejected answers, which stand where self-play has the generated ones."""
-    lost = [rejected[row.index] for row in rows]
-    given = [
-        {
-            "index": row.index,
-            "prompt_ids": row.prompt_ids,
-            "real_ids": row.real_ids,
-            "generated_ids": answer.real_ids,
-            "finish_reason": "length" if answer.real_truncated else "stop",
-        }
-        for row, answer in zip(rows, lost, strict=True)
-    ]
-    return build_pairs(given, iteration=0, truncated=truncated)
+    pairs = []
+    for row in rows:
+        other = rejected[row.index]
+        pairs.append(
+            Pair(
+                index=row.index,
+                iteration=0,
+                prompt_ids=row.prompt_ids,
+                answers=(row.real_ids, other.real_ids),
+                finish_reason="length" if other.real_truncated else "stop",
+            )
+        )
+    return build_pairs(pairs, truncated=truncated)
 
 
 def _tokenize(

@@ -40,7 +40,7 @@ class AnswerLogps:
     lengths: "Tensor"
     """[b, r]: response tokens."""
     identical: "Tensor"
-    """[b] bool: an answer equals the real one token for token, so nothing tells them apart. False if r is 1."""
+    """[b, r] bool: the answer equals the real one token for token, so nothing tells them apart."""
 
     def log_ratios(self) -> "Tensor":
         """``log p_theta - log p_reference`` of each answer, [b, r].
@@ -62,7 +62,7 @@ class Outcome:
     metrics: "dict[str, Tensor]" = dataclasses.field(default_factory=dict)
     """[b] each, by name: means over the prompts of a step go into ``metrics.jsonl``."""
     weight: "Tensor | None" = None
-    """[b]: what each prompt counts in the mean of the loss over the global batch; None counts each once."""
+    """[b] whole numbers: what each prompt counts in the mean of the loss over the global batch; None counts each once."""
 
 
 @dataclasses.dataclass(frozen=True)

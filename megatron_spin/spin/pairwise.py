@@ -75,7 +75,7 @@ class Spin(Objective):
         if self.sft_weight:
             # The mean over tokens, not the sum: a long answer's sum is hundreds of nats, which would drown ln 2.
             losses = losses + -self.sft_weight * logps.policy[:, 0] / logps.lengths[:, 0]
-        won = (margin > 0) & ~logps.identical
+        won = (margin > 0) & ~logps.identical[:, 1]
         metrics = {
             "margin": margin,
             "accuracy": won.float(),

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,9 +12,31 @@ from tqdm import tqdm
 
 from megatron_spin.io import atomic_writer
 
-PAIR_METRICS = ("loss", "margin", "accuracy", "real_logps", "generated_logps", "real_reward", "generated_reward")
-"""Averages over the pairs of a step that the SPIN step reports; the SFT step reports the two below, the rest are null."""
-SFT_METRICS = ("loss", "real_logps")
+CONTRACT = ("loss", "margin", "accuracy", "real_logps", "generated_logps", "real_reward", "generated_reward")
+"""Means over the prompts of a step that every row has; null where the objective does not report them."""
+
+
+def metrics_row(
+    step: int,
+    means: Mapping[str, float],
+    *,
+    grad_norm: float,
+    learning_rate: float,
+    tokens: int,
+    pairs: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """The row of metrics.jsonl for ``step`` (from 1): the contract's columns, then what else the objective reports."""
+    row: dict[str, Any] = {"step": step}
+    for name in CONTRACT:
+        row[name] = means.get(name)
+    row |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "tokens": tokens, "pairs": pairs}
+    # An answer that equals the real one cannot lose to it: readers of the accuracy need their share.
+    row["identical"] = means.get("identical")
+    for name, value in means.items():
+        row.setdefault(name, value)
+    row["seconds"] = round(seconds, 6)
+    return row
 
 
 class MetricsWriter:

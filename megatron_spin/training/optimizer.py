@@ -1,7 +1,6 @@
-"""Megatron's optimizer from the configuration, and the learning rate as a pure function of the step."""
+"""Megatron's optimizer, built from the configuration."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,22 +17,6 @@ from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.training import rmsprop
 
 OPTIMIZERS = ("adam", "rmsprop", "sgd")
-
-
-def learning_rate(step: int, *, total: int, peak: float, schedule: str, warmup_fraction: float) -> float:
-    """Rate of optimizer step ``step`` (from 0) of ``total``: linear warm-up that reaches ``peak``, then decay to zero.
-
-    The first step already moves (a rate of zero would waste it), and so does the last.
-    """
-    warmup = math.ceil(warmup_fraction * total)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    if schedule == "linear":
-        return peak * (1 - progress)
-    if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    return peak
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:

@@ -1,7 +1,7 @@
-"""The opponent's log-probs of every pair: computed once, cached, and checked before they are trusted.
+"""The opponent's log-probs of every answer: computed once, cached, and checked before they are trusted.
 
-The policy at step 0 is the opponent, so no second model is ever held: the very model that will be trained scores all pairs first, on the
-path, in the shapes and in the precision of training.
+The policy at step 0 is the opponent, so no second model is ever held: the model that will be trained scores all answers
+first, on the path, in the layout and in the precision of training.
 """
 
 import dataclasses
@@ -10,61 +10,51 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 import torch
 from tqdm import tqdm
 
-from megatron_spin.data.batches import Example, collate, microbatch_indices
+from megatron_spin.data.batcher import Batcher
 from megatron_spin.errors import GateError
 from megatron_spin.io import atomic_writer, read_json, sha256, write_json
 from megatron_spin.parallel.dims import ParallelDims
-from megatron_spin.parallel.pipeline import run_schedule, sum_over_ranks
-from megatron_spin.spin.losses import loss_at_zero
-from megatron_spin.training.forward_step import score_forward_step
+from megatron_spin.parallel.pipeline import collect_logps, run_schedule, sum_over_ranks
 
 FLOAT_NOISE = 2e-6
 """Relative rounding of an fp32 sum of log-probs: what the gate grants even where scoring twice showed no difference."""
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchShape:
-    """How global batches are cut; the same for scoring and training."""
-
-    global_batch_size: int
-    micro_batch_size: int
-    length: int
-
-
 def score(
     model: Sequence[torch.nn.Module],
-    examples: Sequence[Example],
+    batcher: Batcher,
     indices: np.ndarray,
     *,
-    shape: BatchShape,
+    batch_size: int,
     dims: ParallelDims,
     progress: bool = False,
 ) -> np.ndarray:
-    """Summed log-probs of the responses of ``examples[indices]``, [len(indices), r] float32, on every rank; a collective."""
-    count, kinds = len(indices), len(examples[0].responses)
-    fill = -count % shape.global_batch_size
+    """Summed log-probs of the answers of the examples ``indices``, in nats; a collective.
+
+    Args:
+        batch_size: examples per pass over all ranks, a multiple of micro-batch size times data parallel size.
+
+    Returns:
+        [len(indices), r] fp32, on every rank.
+    """
+    count = len(indices)
+    fill = -count % batch_size
     padded = np.concatenate([indices, np.full(fill, indices[0], dtype=indices.dtype)])
-    scores = np.zeros((len(padded), kinds), dtype=np.float32)
-    bar = tqdm(total=count, desc="scoring", unit="pair", disable=not (progress and dims.rank == 0))
-    for start in range(0, len(padded), shape.global_batch_size):
-        positions = np.arange(start, start + shape.global_batch_size)
-        own = microbatch_indices(
-            positions, micro_batch_size=shape.micro_batch_size, dp_rank=dims.dp_rank, dp_size=dims.dp_size
-        )
-        batches = [
-            collate([examples[padded[i]] for i in part], length=shape.length, device=dims.device) for part in own
-        ]
-        collected = run_schedule(score_forward_step(), model, batches, forward_only=True)
-        local = torch.zeros(shape.global_batch_size, kinds, device=dims.device)
-        for part, logps in zip(own, collected, strict=False):  # the earlier pipeline stages collect nothing
-            local[torch.from_numpy(part - start)] = logps.reshape(kinds, len(part)).T
-        scores[positions] = sum_over_ranks(local, dims).cpu().numpy()
-        bar.update(min(shape.global_batch_size, count - start))
+    scores = np.zeros((len(padded), batcher.num_answers), dtype=np.float32)
+    bar = tqdm(total=count, desc="scoring", unit="prompt", disable=not (progress and dims.rank == 0))
+    for start in range(0, len(padded), batch_size):
+        batches = batcher.microbatches(padded[start : start + batch_size])
+        collected = run_schedule(collect_logps(), model, batches, forward_only=True)
+        local = torch.zeros(batch_size, batcher.num_answers, device=dims.device)
+        # Only the last pipeline stage collects anything.
+        for batch, logps in zip(batches, collected, strict=False):
+            local[torch.from_numpy(batch.rows)] = logps
+        scores[start : start + batch_size] = sum_over_ranks(local, dims).cpu().numpy()
+        bar.update(min(batch_size, count - start))
     bar.close()
     return scores[:count]
 
@@ -74,6 +64,8 @@ class ScoreCache:
     """``scores.safetensors`` and its manifest in an iteration's ``pairs/``, keyed by opponent, pairs and numerics."""
 
     directory: Path
+    answers: tuple[str, ...]
+    """Names of the columns."""
     key: dict[str, Any]
 
     @property
@@ -85,7 +77,7 @@ class ScoreCache:
         return self.directory / "scores.json"
 
     def load(self) -> np.ndarray | None:
-        """The scores, [N, 2] float32 (real, generated), or None where there are none for this key.
+        """The scores, [N, r] fp32, or None if there are none for this key.
 
         Raises:
             GateError: the file is not the one that its manifest describes.
@@ -97,82 +89,72 @@ class ScoreCache:
             return None
         if not self.file.exists() or sha256(self.file) != manifest["sha256"]:
             raise GateError(
-                f"opponent scores {self.file} were altered after scoring (SHA-256 differs): delete the file and run again to score anew"
+                f"opponent scores {self.file} were altered after scoring (SHA-256 differs): "
+                "delete the file and run again to score anew"
             )
         tensors = safetensors.numpy.load_file(self.file)
-        return np.stack([tensors["real_logps"], tensors["generated_logps"]], axis=1)
+        columns = [tensors[f"{answer}_logps"] for answer in self.answers]
+        return np.stack(columns, axis=1)
 
     def save(self, scores: np.ndarray) -> None:
-        """Writes scores [N, 2], then the manifest that makes them count."""
+        """Writes scores [N, r], then the manifest that makes them count."""
         self.manifest.unlink(missing_ok=True)
-        tensors = {
-            "real_logps": np.ascontiguousarray(scores[:, 0]),
-            "generated_logps": np.ascontiguousarray(scores[:, 1]),
-        }
+        tensors = {}
+        for column, answer in enumerate(self.answers):
+            tensors[f"{answer}_logps"] = np.ascontiguousarray(scores[:, column])
         with atomic_writer(self.file, "wb") as file:
             file.write(safetensors.numpy.save(tensors))
         write_json(self.manifest, {"key": self.key, "sha256": sha256(self.file), "num_pairs": len(scores)})
 
 
 @dataclasses.dataclass(frozen=True)
-class OpponentGate:
-    """The policy is the opponent before step 1: what that permits the first batch to show."""
+class CheckedScores:
+    """What scoring the first batch anew showed."""
 
+    fresh: np.ndarray
+    """[b, r] fp32: the policy's scores of the first batch."""
     tolerance: float
     """Nats by which a fresh score may differ from a cached one."""
     difference: float
     """Nats by which it did differ, at most."""
-    real_nll: float
-    """Mean over the first batch's pairs of the real answer's negative log-likelihood, nats a token."""
-
-    def check_first_loss(self, value: float, *, beta: float, loss: str, sft_weight: float = 0.0) -> None:
-        """The first batch's loss must be loss(0), within beta times the noise of the two answers of a pair.
-
-        With ``sft_weight`` it must be that much of :attr:`real_nll` more, within the same noise of the real answers.
-
-        Raises:
-            GateError: it is not.
-        """
-        expected = loss_at_zero(loss) + sft_weight * self.real_nll
-        allowed = (2 * beta + sft_weight) * self.tolerance + 1e-6 * expected
-        if not abs(value - expected) <= allowed:
-            likelihood = f" + {sft_weight:g} * {self.real_nll:.7f}" if sft_weight else ""
-            raise GateError(
-                f"the first loss is {value:.7f}, not {loss}(0){likelihood} = {expected:.7f} within {allowed:.1e}: "
-                "scoring and training do not compute the same function; nothing was trained"
-            )
 
 
 def check_scores(
-    cached: np.ndarray,
+    cached: np.ndarray | None,
     model: Sequence[torch.nn.Module],
-    examples: Sequence[Example],
+    batcher: Batcher,
     batch: np.ndarray,
     *,
-    shape: BatchShape,
+    answers: Sequence[str],
     dims: ParallelDims,
-) -> OpponentGate:
-    """Scores the first training batch twice more, in two orders: their difference is the noise, and the cache must agree within it.
+) -> CheckedScores:
+    """Scores the first training batch twice more, in two cuts: their difference is the noise, and the cache must agree.
+
+    The second cut has one prompt per microbatch and the reverse order, so its matrices and its padding differ, as those of
+    the scoring pass do from training's.
 
     Args:
-        cached: [N, r] scores of all examples.
+        cached: [N, r] scores of all examples; None if the objective needs none.
         batch: example indices of the first training batch, in its order.
+        answers: names of the r columns.
 
     Raises:
-        GateError: a cached score is off by more than twice the noise plus fp32 rounding, naming the pair.
+        GateError: a cached score is off by more than twice the noise plus fp32 rounding; the message names the pair.
     """
-    fresh = score(model, examples, batch, shape=shape, dims=dims)
-    again = score(model, examples, batch[::-1], shape=shape, dims=dims)[::-1]
+    fresh = score(model, batcher, batch, batch_size=len(batch), dims=dims)
+    other_cut = dataclasses.replace(batcher, micro_batch_size=1)
+    again = score(model, other_cut, batch[::-1], batch_size=len(batch), dims=dims)[::-1]
     noise = float(np.abs(fresh - again).max())
     tolerance = 2 * noise + FLOAT_NOISE * float(np.abs(fresh).max())
+    if cached is None:
+        return CheckedScores(fresh, tolerance, difference=0.0)
     difference = np.abs(fresh - cached[batch])
-    worst = np.unravel_index(np.nanargmax(np.where(np.isfinite(difference), difference, np.inf)), difference.shape)
-    if not np.isfinite(difference).all() or difference[worst] > tolerance:
-        kind = ("real", "generated")[worst[1]]
+    finite = np.where(np.isfinite(difference), difference, np.inf)
+    worst = np.unravel_index(np.argmax(finite), finite.shape)
+    if finite[worst] > tolerance:
         raise GateError(
-            f"the opponent's score of pair {batch[worst[0]]} ({kind}) is {cached[batch][worst]:.6f}, but the policy at step 0, which is the "
-            f"opponent, gives {fresh[worst]:.6f}; allowed difference {tolerance:.1e} nats: delete pairs/scores.* and run again, "
-            "or find what changed the weights"
+            f"the opponent's score of pair {batch[worst[0]]} ({answers[int(worst[1])]}) is {cached[batch][worst]:.6f}, but the "
+            f"policy at step 0, which is the opponent, gives {fresh[worst]:.6f}; allowed difference {tolerance:.1e} nats: "
+            "delete pairs/scores.* and run again, or find what changed the weights"
         )
-    lengths = np.array([len(examples[i].responses[0]) for i in batch])
-    return OpponentGate(tolerance, float(difference.max()), float(np.mean(-fresh[:, 0].astype(np.float64) / lengths)))
+    return CheckedScores(fresh, tolerance, difference=float(finite[worst]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_spin.data.batches import BatchSampler
+from megatron_spin.data.sampler import BatchSampler
 from megatron_spin.phases.prepare import prepare
 from tests.distributed.test_parity import close
 from tests.support.ranks import first_gradients, scores_of, tiny_config

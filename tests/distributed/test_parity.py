@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_spin.data.batches import BatchSampler
+from megatron_spin.data.sampler import BatchSampler
 from tests.support.ranks import first_gradients, losses, random_pairs, scores_of, tiny_config
 from tests.support.tiny import tiny_model
 
@@ -103,34 +103,6 @@ def test_the_likelihood_term_adds_the_real_answers_mean_over_tokens(world, model
     expected = {name: plain[1][name] + parameter.grad.numpy() for name, parameter in model.named_parameters()}
     worst = {name: close(weighted[1][name], expected[name]) for name in expected}
     assert max(worst.values()) < 1e-5, worst
-
-
-def first_loss_errors(values: list[tuple[float, float]]) -> list[str]:
-    """What the gate says of (first loss, weight) where real answers cost 2 nats a token and scores agree within 1e-5 nats; empty if it passes."""
-    from megatron_spin.parallel.setup import choose_device
-
-    choose_device("cpu")
-    from megatron_spin.errors import GateError
-    from megatron_spin.training.scoring import OpponentGate
-
-    gate, errors = OpponentGate(1e-5, 0.0, real_nll=2.0), []
-    for value, weight in values:
-        try:
-            gate.check_first_loss(value, beta=0.1, loss="logistic", sft_weight=weight)
-            errors.append("")
-        except GateError as error:
-            errors.append(str(error))
-    return errors
-
-
-def test_the_first_loss_gate_counts_the_likelihood_term(world):
-    cases = [(float(np.log(2)) + extra, weight) for extra, weight in ((0, 0), (1, 0.5), (1.001, 0.5), (1, 0))]
-    [errors] = world(1).run(first_loss_errors, cases)
-    assert errors[:2] == ["", ""]
-    assert (
-        "not logistic(0) + 0.5 * 2.0000000 = 1.6931472 within" in errors[2]
-        and "not logistic(0) = 0.6931472 within" in errors[3]
-    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

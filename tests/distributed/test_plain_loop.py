@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_spin.data.batches import BatchSampler
+from megatron_spin.data.sampler import BatchSampler
 from tests.support.ranks import random_pairs, scores_of, tiny_config, trained_weights
 from tests.support.tiny import tiny_model
 

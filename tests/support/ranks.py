@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from megatron_spin.config import Config, at_iteration, from_dict
+from megatron_spin.spin.objective import build_objective, objective_class
 
 
 def tiny_config(
@@ -37,36 +38,39 @@ def random_pairs(
     return [(ids(prompt), ids(answer), ids(answer)) for _ in range(count)]
 
 
-def make_trainer(config: Config, pairs: list[Any], scores: np.ndarray | None, *, steps: int = 5) -> Any:
-    """A Trainer over ``pairs`` (for ``sft``: over their real answers) whose model holds the weights of ``config.model.hf``."""
+def make_policy(config: Config, pairs: list[Any]) -> Any:
+    """The policy over ``pairs`` (prompt, real answer, others); its model holds the weights of ``config.model.hf``."""
     from megatron_spin.parallel.setup import choose_device, initialize
 
     device = choose_device(config.device)
     from megatron_spin.conversion.load import load_hf
-    from megatron_spin.data.batches import BatchSampler, Example, sequence_length
-    from megatron_spin.models.provider import build_model
-    from megatron_spin.training.forward_step import sft_forward_step, spin_forward_step
-    from megatron_spin.training.optimizer import wrap_and_optimize
-    from megatron_spin.training.scoring import BatchShape
-    from megatron_spin.training.trainer import Schedule, Trainer
+    from megatron_spin.data.batcher import Example
+    from megatron_spin.training.assembly import build_policy
 
     dims = initialize(config.parallel, device)
-    training, sft = config.training, config.training.objective == "sft"
-    examples = [Example(prompt, (real,) if sft else (real, generated)) for prompt, real, generated in pairs]
-    shape = BatchShape(training.global_batch_size, training.micro_batch_size, sequence_length(examples, 8))
-    peak = at_iteration(training.learning_rate, 0)
-    model, optimizer = wrap_and_optimize(build_model(config, dims), config, dims=dims, learning_rate=peak)
-    load_hf(model, Path(config.model.hf), dims)
-    optimizer.reload_model_params()
-    spin = {
-        "beta": at_iteration(config.spin.beta, 0),
-        "loss": config.spin.loss,
-        "sft_weight": at_iteration(config.spin.sft_weight, 0),
-    }
-    step = sft_forward_step() if sft else spin_forward_step(**spin)
-    sampler = BatchSampler(len(examples), training.global_batch_size, training.seed)
-    schedule = Schedule(steps, peak, training.schedule, training.warmup_fraction)
-    return Trainer(model, optimizer, step, examples, scores, sampler, shape, schedule, dims)
+    width = len(objective_class(config).answers)
+    examples = [Example(prompt, tuple(answers[:width])) for prompt, *answers in pairs]
+    policy = build_policy(config, examples, dims=dims, peak=at_iteration(config.training.learning_rate, 0))
+    load_hf(policy.model, Path(config.model.hf), dims)
+    policy.optimizer.reload_model_params()
+    return policy
+
+
+def make_trainer(config: Config, pairs: list[Any], scores: np.ndarray | None, *, steps: int = 5) -> Any:
+    """A Trainer over ``pairs``, as :func:`make_policy` takes them; ``scores`` [N, r] are the reference's."""
+    policy = make_policy(config, pairs)
+    from megatron_spin.data.sampler import BatchSampler
+    from megatron_spin.training.schedule import StepPlan
+
+    training = config.training
+    sampler = BatchSampler(len(pairs), training.global_batch_size, training.seed)
+    plan = StepPlan(
+        total=steps,
+        peak=at_iteration(training.learning_rate, 0),
+        decay=training.schedule,
+        warmup_fraction=training.warmup_fraction,
+    )
+    return policy.trainer(build_objective(config, 0), scores, sampler, plan)
 
 
 def gradients(trainer: Any, hf: Path) -> dict[str, np.ndarray]:
@@ -128,8 +132,5 @@ def resumed_weights(
 
 
 def scores_of(config: Config, pairs: list[Any]) -> np.ndarray:
-    """Summed log-probs of all pairs by the scoring pass, [N, 2]."""
-    trainer = make_trainer(config, pairs, None)  # first: it installs the CPU adapter, which must come before Megatron
-    from megatron_spin.training.scoring import score
-
-    return score(trainer.model, trainer.examples, np.arange(len(pairs)), shape=trainer.shape, dims=trainer.dims)
+    """Summed log-probs of all answers by the scoring pass, [N, r]."""
+    return make_policy(config, pairs).score()

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_spin.spin.losses import LOSSES, PairLogps, likelihood_term, loss_at_zero, spin_loss
+from megatron_spin.spin.objective import AnswerLogps
+from megatron_spin.spin.pairwise import LOSSES, Dpo, Spin
 
 CLOSED_FORM = {
     "logistic": (lambda t: math.log1p(math.exp(-abs(t))) + max(-t, 0), lambda t: -1 / (1 + math.exp(t))),
@@ -18,8 +19,15 @@ CLOSED_FORM = {
 LOGPS = st.floats(-60, -0.1)
 
 
-def pair(*values: float) -> PairLogps:
-    return PairLogps(*(torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in values))
+def pair(
+    real: float, generated: float, opponent_real: float, opponent_generated: float, tokens: int = 1
+) -> AnswerLogps:
+    return AnswerLogps(
+        policy=torch.tensor([[real, generated]], dtype=torch.float64, requires_grad=True),
+        reference=torch.tensor([[opponent_real, opponent_generated]], dtype=torch.float64, requires_grad=True),
+        lengths=torch.full((1, 2), float(tokens)),
+        identical=torch.tensor([[True, False]]),
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -30,28 +38,39 @@ def test_loss_and_gradient(name, a, b, c, d, beta):
     value, slope = (f(margin) for f in CLOSED_FORM[name])
     if name == "hinge" and abs(margin - 1) < 1e-9:
         return  # no gradient at the kink
-    loss = spin_loss(logps, beta=beta, loss=name)
+    loss = Spin(beta=beta, loss=name)(logps).loss
     loss.sum().backward()
     assert loss.item() == pytest.approx(value, rel=1e-9, abs=1e-12)
-    signs = {"policy_real": 1, "policy_generated": -1, "opponent_real": -1, "opponent_generated": 1}
-    for field, sign in signs.items():
-        assert getattr(logps, field).grad.item() == pytest.approx(sign * beta * slope, rel=1e-9, abs=1e-12)
+    expected = [beta * slope, -beta * slope]
+    assert logps.policy.grad[0].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert logps.reference.grad[0].tolist() == pytest.approx([-value for value in expected], rel=1e-9, abs=1e-12)
 
 
 @given(logp=LOGPS, tokens=st.integers(1, 50), weight=st.floats(0.01, 2))
 def test_likelihood_term(logp, tokens, weight):
-    real = torch.tensor([logp], dtype=torch.float64, requires_grad=True)
-    term = likelihood_term(real, torch.tensor([tokens]), weight=weight)
+    logps = pair(logp, -7.0, logp, -7.0, tokens)
+    plain, weighted = (Spin(sft_weight=value)(logps).loss for value in (0.0, weight))
+    term = weighted - plain
     term.sum().backward()
-    assert term.item() == pytest.approx(-weight * logp / tokens, rel=1e-12)
-    assert real.grad.item() == pytest.approx(-weight / tokens, rel=1e-12)
+    assert term.item() == pytest.approx(-weight * logp / tokens, rel=1e-12, abs=1e-14)
+    assert logps.policy.grad[0, 0].item() == pytest.approx(-weight / tokens, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_at_zero(name):
-    assert spin_loss(pair(-3.0, -7.0, -3.0, -7.0), beta=0.3, loss=name).item() == pytest.approx(
-        loss_at_zero(name), rel=1e-12
-    )
+    at_zero = {"logistic": math.log(2), "hinge": 1.0, "exponential": 1.0, "correlation": 1.0}
+    outcome = Spin(beta=0.3, loss=name)(pair(-3.0, -7.0, -3.0, -7.0))
+    assert outcome.loss.item() == pytest.approx(at_zero[name], rel=1e-12)
+
+
+def test_dpo_is_the_same_function():
+    logps = pair(-3.0, -7.0, -4.0, -5.0)
+    assert Dpo(beta=0.3)(logps).loss.item() == Spin(beta=0.3)(logps).loss.item()
+
+
+def test_an_unknown_loss_is_refused():
+    with pytest.raises(ValueError, match="loss='huber' is none of logistic, hinge, exponential, correlation"):
+        Spin(loss="huber")
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -1,0 +1,150 @@
+"""The batch seam: how a global batch becomes this rank's microbatches.
+
+Scoring, training, the export gate and the tests all ask the same :class:`Batcher`. How tokens are laid out is known here
+and nowhere else: callers see :meth:`Microbatch.model_inputs` and :meth:`Microbatch.sum_by_answer`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+TokenIds = Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One prompt with its r answers: the real one alone for SFT, the real one first for objectives that compare."""
+
+    prompt_ids: TokenIds
+    answers: tuple[TokenIds, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of all its sequences; the prompt counts once per answer."""
+        return len(self.prompt_ids) * len(self.answers) + sum(len(answer) for answer in self.answers)
+
+    @property
+    def longest(self) -> int:
+        """Positions that its longest sequence needs: its tokens less one, because labels are shifted by one."""
+        return len(self.prompt_ids) + max(len(answer) for answer in self.answers) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Microbatch:
+    """b prompts with r answers each, as n = r * b right-padded sequences of one length s.
+
+    The b real answers come first, then the b second answers in the same order, and so on.
+    """
+
+    rows: np.ndarray
+    """[b]: the place of each prompt in the global batch that it was cut from."""
+    num_answers: int
+    """r"""
+    input_ids: torch.Tensor
+    """[n, s] int64"""
+    labels: torch.Tensor
+    """[n, s] int64: the next token at each position."""
+    position_ids: torch.Tensor
+    """[n, s] int64"""
+    response_mask: torch.Tensor
+    """[n, s] fp32: 1 where the label is a response token, 0 for prompt and padding."""
+    identical: torch.Tensor
+    """[b, r] bool: whether the answer equals the real one token for token."""
+    reference: torch.Tensor | None = None
+    """[b, r] fp32: the reference's summed log-probs of the answers; None while scoring or if none are needed."""
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Arguments of ``model.forward``, by GPTModel's names.
+
+        There is no mask: every attention here is causal and padding is on the right, so no position ever sees padding.
+        """
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": None,
+            "labels": self.labels,
+        }
+
+    def sum_by_answer(self, token_values: torch.Tensor) -> torch.Tensor:
+        """Sums the values of response tokens, [n, s] -> [b, r] fp32; other positions may hold anything, even infinity."""
+        # where, not a product: a padded position may hold an infinite loss, and 0 * inf is NaN.
+        sums = torch.where(self.response_mask > 0, token_values.float(), 0.0).sum(dim=1)
+        return self._by_answer(sums)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Response tokens of each answer, [b, r] fp32."""
+        return self._by_answer(self.response_mask.sum(dim=1))
+
+    def _by_answer(self, sums: torch.Tensor) -> torch.Tensor:
+        """[n] -> [b, r]; the columns stay contiguous, so that sums over prompts round the same for any r."""
+        return sums.view(self.num_answers, len(self.rows)).T
+
+
+@dataclasses.dataclass(frozen=True)
+class Batcher:
+    """Cuts global batches into this data parallel rank's microbatches; the same cut for scoring and for training."""
+
+    examples: Sequence[Example]
+    micro_batch_size: int
+    """Prompts per microbatch."""
+    alignment: int
+    """The length of a microbatch is rounded up to a multiple of this (:func:`megatron_spin.parallel.layout.alignment`)."""
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+    @property
+    def num_answers(self) -> int:
+        """r"""
+        return len(self.examples[0].answers)
+
+    def microbatches(self, indices: np.ndarray, reference: np.ndarray | None = None) -> list[Microbatch]:
+        """This rank's microbatches of the global batch ``indices``: equally many on every rank.
+
+        Args:
+            indices: example indices; their number is a multiple of ``micro_batch_size * dp_size``.
+            reference: [N, r] fp32 reference log-probs of all examples, or None.
+        """
+        share = np.split(np.arange(len(indices)), self.dp_size)[self.dp_rank]
+        length = self._aligned(max(example.longest for example in self.examples))
+        batches = []
+        for rows in np.split(share, len(share) // self.micro_batch_size):
+            batches.append(self._collate(rows, indices[rows], length, reference))
+        return batches
+
+    def _aligned(self, length: int) -> int:
+        return -(-length // self.alignment) * self.alignment
+
+    def _collate(self, rows: np.ndarray, chosen: np.ndarray, length: int, reference: np.ndarray | None) -> Microbatch:
+        examples = [self.examples[index] for index in chosen]
+        sequences = []
+        for column in range(self.num_answers):
+            sequences += [(example.prompt_ids, example.answers[column]) for example in examples]
+        tokens = np.zeros((len(sequences), length + 1), dtype=np.int64)
+        mask = np.zeros((len(sequences), length), dtype=np.float32)
+        for row, (prompt, answer) in enumerate(sequences):
+            end = len(prompt) + len(answer)
+            tokens[row, : len(prompt)] = prompt
+            tokens[row, len(prompt) : end] = answer
+            mask[row, len(prompt) - 1 : end - 1] = 1.0
+        identical = [[list(answer) == list(example.answers[0]) for answer in example.answers] for example in examples]
+        on_device = torch.from_numpy(tokens).to(self.device)
+        own_reference = None
+        if reference is not None:
+            # Transposed twice: columns stay contiguous, as those of sum_by_answer.
+            by_answer = np.ascontiguousarray(reference[chosen].T)
+            own_reference = torch.from_numpy(by_answer).to(self.device).T
+        return Microbatch(
+            rows=rows,
+            num_answers=self.num_answers,
+            input_ids=on_device[:, :-1].contiguous(),
+            labels=on_device[:, 1:].contiguous(),
+            position_ids=torch.arange(length, device=self.device).expand(len(sequences), length),
+            response_mask=torch.from_numpy(mask).to(self.device),
+            identical=torch.tensor(identical, dtype=torch.bool, device=self.device),
+            reference=own_reference,
+        )

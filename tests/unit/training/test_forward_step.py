@@ -1,0 +1,53 @@
+"""What the training step reports, for token losses that are given."""
+
+import pytest
+import torch
+
+from megatron_spin.data.batcher import Batcher, Example
+from megatron_spin.spin.pairwise import Spin
+from megatron_spin.spin.sft import Sft
+from megatron_spin.training.forward_step import objective_forward_step, reported_names
+
+
+class GivenLosses(torch.nn.Module):
+    """A model whose token losses are one nat each, whatever it is given."""
+
+    def forward(self, input_ids, position_ids, attention_mask, *, labels):
+        return torch.ones_like(labels, dtype=torch.float32)
+
+
+def batcher(examples: list[Example]) -> Batcher:
+    return Batcher(
+        examples, micro_batch_size=len(examples), alignment=8, dp_rank=0, dp_size=1, device=torch.device("cpu")
+    )
+
+
+@pytest.mark.parametrize("noise", [-1e-6, 0.0, 1e-6])
+def test_equal_answers_are_never_won(noise):
+    """The opponent was scored in another batch: rounding may give the margin of equal answers either sign."""
+    examples = [Example([3, 4], ([5, 6, 2], [5, 6, 2])), Example([3], ([5, 2], [5, 6, 2])), Example([3], ([5], [5, 0]))]
+    scores = torch.tensor([[-3.0 + noise, -3.0], [-2.0, -2.9], [-1.0, -1.9]]).numpy()
+    [batch] = batcher(examples).microbatches(torch.arange(3).numpy(), scores)
+    output, loss_func = objective_forward_step(Spin(beta=0.5))(iter([batch]), GivenLosses())
+    _, count, named = loss_func(output)
+    assert int(count) == 3
+    # Margins: rounding for equal answers; 0.05 where one answer has a token more; 0.05 where they differ by a token of
+    # id 0, which padding is, too.
+    assert named["margin"].tolist() == pytest.approx([0.1, 3], abs=1e-5)
+    assert named["accuracy"].tolist() == [2.0, 3.0]
+    assert named["identical"].tolist() == [1.0, 3.0]
+    assert set(named) == set(reported_names(Spin()))
+
+
+def test_sft_is_the_mean_over_tokens():
+    """One nat per token, whatever the number of sequences."""
+    examples = [Example([3, 4], ([5, 6, 2],)), Example([3], ([5],))]
+    [batch] = batcher(examples).microbatches(torch.arange(2).numpy())
+    output, loss_func = objective_forward_step(Sft())(iter([batch]), GivenLosses())
+    loss, count, named = loss_func(output)
+    assert loss.item() == 4.0
+    assert count.item() == 4
+    assert count.dtype == torch.int32  # Megatron adds it to an integer
+    assert named["loss"].tolist() == [4.0, 4.0]
+    assert named["real_logps"].tolist() == [-4.0, 2.0]
+    assert set(named) == set(reported_names(Sft()))
