@@ -105,22 +105,24 @@ class Batcher:
     def microbatches(self, indices: np.ndarray, reference: np.ndarray | None = None) -> list[Microbatch]:
         """This rank's microbatches of the global batch ``indices``: equally many on every rank.
 
+        Prompts are sorted by their longest sequence, so that long ones do not pad short ones, and dealt to the ranks in
+        turn, so that the n-th microbatches of all ranks take about the same time. The longest come first: what runs out
+        of memory does so at once.
+
         Args:
             indices: example indices; their number is a multiple of ``micro_batch_size * dp_size``.
             reference: [N, r] fp32 reference log-probs of all examples, or None.
         """
-        share = np.split(np.arange(len(indices)), self.dp_size)[self.dp_rank]
-        length = self._aligned(max(example.longest for example in self.examples))
-        batches = []
-        for rows in np.split(share, len(share) // self.micro_batch_size):
-            batches.append(self._collate(rows, indices[rows], length, reference))
-        return batches
+        lengths = np.array([self.examples[index].longest for index in indices])
+        longest_first = np.argsort(-lengths, kind="stable")
+        groups = longest_first.reshape(-1, self.micro_batch_size)
+        return [self._collate(rows, indices[rows], reference) for rows in groups[self.dp_rank :: self.dp_size]]
 
-    def _aligned(self, length: int) -> int:
-        return -(-length // self.alignment) * self.alignment
-
-    def _collate(self, rows: np.ndarray, chosen: np.ndarray, length: int, reference: np.ndarray | None) -> Microbatch:
+    def _collate(self, rows: np.ndarray, chosen: np.ndarray, reference: np.ndarray | None) -> Microbatch:
+        """The microbatch of the examples ``chosen``, as long as its own longest sequence, rounded up to the alignment."""
         examples = [self.examples[index] for index in chosen]
+        longest = max(example.longest for example in examples)
+        length = -(-longest // self.alignment) * self.alignment
         sequences = []
         for column in range(self.num_answers):
             sequences += [(example.prompt_ids, example.answers[column]) for example in examples]

@@ -64,9 +64,10 @@ def build_model(config: Config, dims: ParallelDims) -> list[MegatronModule]:
         model.to(dims.device)
         _mark_tensor_parallel(model)
         mask_padding(model, vocab_size)
-        model.config.calculate_per_token_loss = (
-            True  # gradients are divided by the pairs (or tokens) of the global batch; DDP asks when built
-        )
+        # Gradients are divided by the pairs (or tokens) of the global batch; DDP asks when it is built.
+        model.config.calculate_per_token_loss = True
+        # Microbatches differ in length, so pipeline stages tell each other the shapes that they send.
+        model.config.variable_seq_lengths = dims.pp_size > 1
         return [in_precision(model, config)]
 
 
@@ -78,6 +79,13 @@ def _check_provided(model: MegatronModule, config: Config) -> None:
         if value:
             raise ConfigError(
                 f"{where} sets {name}={value}: it must be 0, since scoring and training must be one function (Megatron has 0.1)"
+            )
+    if config.parallel.pipeline_model_parallel_size > 1 and getattr(model.config, "num_moe_experts", None):
+        dispatcher = model.config.moe_token_dispatcher_type
+        if dispatcher == "allgather":
+            raise ConfigError(
+                f"{where} sets moe_token_dispatcher_type={dispatcher}: pipeline stages exchange microbatches of different "
+                "lengths, which needs alltoall"
             )
     wrong = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()} - allowed_dtypes(
         config

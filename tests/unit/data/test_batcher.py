@@ -85,3 +85,21 @@ def test_tokens_of_an_example_count_the_prompt_once_per_answer():
     assert EXAMPLES[0].num_tokens == 2 * 3 + 3 + 2
     with pytest.raises(ValueError, match="max"):
         _ = Example([1], ()).longest
+
+
+def test_a_microbatch_is_as_long_as_its_own_longest_sequence():
+    """Two long prompts do not pad two short ones, and every length is a multiple of the alignment."""
+    examples = [Example([1] * size, ([3, 4], [3])) for size in (30, 2, 3, 28)]
+    batches = batcher(examples).microbatches(np.arange(4))
+    assert [batch.input_ids.shape for batch in batches] == [(4, 32), (4, 8)]
+    assert [sorted(batch.rows.tolist()) for batch in batches] == [[0, 3], [1, 2]]
+
+
+def test_ranks_share_long_prompts():
+    """The n-th microbatches of two ranks are about equally long."""
+    examples = [Example([1] * size, ([3],)) for size in range(8, 72, 8)]
+    lengths = []
+    for rank in range(2):
+        batches = batcher(examples, dp_rank=rank, dp_size=2).microbatches(np.arange(8))
+        lengths.append([batch.input_ids.shape[1] for batch in batches])
+    assert lengths == [[64, 32], [48, 16]]
