@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are one line, like any other bad input."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}: see tools/{self.prog} --help")
+        raise ConfigError(f"{message}: see {os.path.relpath(sys.argv[0])} --help")
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:

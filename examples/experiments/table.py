@@ -16,10 +16,10 @@ from megatron_spin.config import at_iteration, load_config
 from megatron_spin.errors import RunDirError
 from megatron_spin.io import atomic_writer, read_json
 from megatron_spin.phases.guard import played, rolled_back
-from megatron_spin.report.readme import replace_block
 from megatron_spin.report.results import players
 from megatron_spin.report.table import DASH, Table, markdown
 from megatron_spin.run.directory import RunDir
+from scripts.update_readme import replace_block
 
 Values = dict[str, Any]
 """What an ``eval.json`` holds."""
@@ -149,7 +149,7 @@ def by_seed(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table
 
 
 def block(path: Path, experiment: Experiment, root: Path, *, short: bool = False) -> str:
-    """The Markdown of one experiment; the ``short`` one has the means and the claims alone.
+    """The Markdown of one experiment; the ``short`` one has the claims alone.
 
     Raises:
         RunDirError: nothing of it has been measured.
@@ -165,10 +165,10 @@ def block(path: Path, experiment: Experiment, root: Path, *, short: bool = False
         for seed in experiment.seeds
         if not _complete(experiment.run_dir(root, seed, arm))
     ]
-    parts = [markdown(table(experiment, rows)), "\n".join(claims(experiment, rows))]
+    claimed = "\n".join(claims(experiment, rows))
     if short:
-        return "\n\n".join(parts)
-    parts.append(markdown(by_seed(experiment, rows)))
+        return claimed
+    parts = [markdown(table(experiment, rows)), claimed, markdown(by_seed(experiment, rows))]
     parts += [f"Not finished: {', '.join(missing)}."] if missing else []
     parts += [
         f"`.venv/bin/python -m examples.experiments.run {path}{_engine(experiment, root)}`{_machines(experiment, root)}."
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="Markdown files with the markers of these experiments",
     )
     parser.add_argument(
-        "--short", type=Path, nargs="*", default=[], metavar="FILE.md", help="the same, for means and claims alone"
+        "--short", type=Path, nargs="*", default=[], metavar="FILE.md", help="the same, for the claims alone"
     )
     parsed = parser.parse_args(arguments)
     for path in parsed.experiments:

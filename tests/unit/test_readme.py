@@ -7,14 +7,14 @@ import pytest
 import yaml
 
 from megatron_spin.config import from_dict, load_config
-from megatron_spin.report.readme import markers
+from scripts.update_readme import markers
 from tests.support.runs import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
 
 
 def test_files_named_in_the_text_exist() -> None:
-    named = set(re.findall(r"(?<![\w/])(?:tools|examples|megatron_spin|tests|docs)/[\w./-]*\w", README))
+    named = set(re.findall(r"(?<![\w/])(?:tools|scripts|examples|megatron_spin|tests|docs)/[\w./-]*\w", README))
     assert len(named) > 5
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
 
@@ -44,6 +44,11 @@ def test_the_file_tree_is_the_repositorys() -> None:
     assert tools <= set(paths), "a tool that the tree does not explain"
     packages = {f"megatron_spin/{path.parent.name}/" for path in (REPOSITORY / "megatron_spin").glob("*/__init__.py")}
     assert packages <= set(paths), "a package that the tree does not explain"
+
+
+def test_the_first_table_has_at_most_six_columns() -> None:
+    titles = next(line for line in README.splitlines() if line.startswith("|"))
+    assert titles.count("|") - 1 <= 6
 
 
 def test_make_targets_exist() -> None:
@@ -81,6 +86,7 @@ def test_markers_stand_once() -> None:
     experiments = (REPOSITORY / "docs/experiments.md").read_text()
     named = [(experiments, path.stem) for path in (REPOSITORY / "examples/experiments").glob("*.yaml")]
     smollm2 = (REPOSITORY / "examples/smollm2/README.md").read_text()
-    for text, name in [(README, "run"), (README, "claim"), (smollm2, "run"), *named]:
+    quickstart = (REPOSITORY / "docs/quickstart.md").read_text()
+    for text, name in [(README, "run"), (README, "claim"), (quickstart, "run"), (smollm2, "run"), *named]:
         for marker in markers(name):
             assert text.count(marker) == 1

@@ -16,10 +16,10 @@ from megatron_spin.data.rows import Row, save_rows
 from megatron_spin.errors import RunDirError
 from megatron_spin.io import read_json, write_json
 from megatron_spin.report.plot import plot
-from megatron_spin.report.readme import markers, replace_block, run_block
 from megatron_spin.report.results import players, read_results
 from megatron_spin.report.table import DASH, comparison, markdown, report_markdown, times
 from megatron_spin.run.directory import RunDir
+from scripts.update_readme import OVERVIEW, markers, replace_block, run_block
 from tests.support.runs import REPOSITORY, environment
 from tests.support.tiny import tiny_tokenizer, write_jsonl
 
@@ -267,7 +267,7 @@ def test_an_unfinished_run_shows_what_there_is(run, tmp_path, left) -> None:
     plot(results, tmp_path / "picture.png")
     assert report_markdown(results, picture=tmp_path / "picture.png")
     with pytest.raises(RunDirError, match="has not finished"):
-        run_block(results, picture=tmp_path / "picture.png", readme=tmp_path / "README.md")
+        run_block(results, picture=tmp_path / "picture.png", page=tmp_path / "README.md")
 
 
 def test_half_a_line_of_metrics_is_left_out(run) -> None:
@@ -296,42 +296,68 @@ def test_what_is_no_run_directory(tmp_path) -> None:
 
 
 def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
+    command = [sys.executable, str(REPOSITORY / name), *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, env=environment(COLUMNS="80"), timeout=120, check=False
     )
 
 
 def test_the_tool_fits_a_terminal_and_updates_a_readme(run, tmp_path) -> None:
-    shown = tool("report.py", run.root)
+    shown = tool("tools/report.py", run.root)
     assert shown.returncode == 0, shown.stderr
     assert "…" not in shown.stdout and "SPIN 1" in shown.stdout and "tensorboard --logdir" in shown.stdout
     assert (run.root / "report.png").stat().st_size < 150_000 and "SPIN 1" in (run.root / "report.md").read_text()
     assert "samples.md" in shown.stdout and (run.root / "samples.md").read_text().count("## Prompt") == 3
-    greedy = tool("report.py", run.root, "--samples", 1, "--greedy")
+    greedy = tool("tools/report.py", run.root, "--samples", 1, "--greedy")
     assert greedy.returncode == 0 and (run.root / "samples.md").read_text().count("greedy of 1") == 1
-    negative = tool("report.py", run.root, "--samples", -1)
+    negative = tool("tools/report.py", run.root, "--samples", -1)
     assert (
         negative.returncode == 2
         and negative.stderr.count("\n") == 1
         and "--samples -1 must be at least 0" in negative.stderr
     )
 
-    readme, picture = tmp_path / "README.md", tmp_path / "docs/run.png"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    for _ in range(2):  # again: the same
-        updated = tool("update_readme.py", run.root, "--readme", readme, "--picture", picture)
-        assert updated.returncode == 0, updated.stderr
-        text = readme.read_text()
-        assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n") and "old" not in text
-        assert (
-            "| SPIN 1 | 90.0% ± 2.0% |" in text and "(docs/run.png)" in text and "cores" in text and "torch 2" in text
-        )
-    assert picture.read_bytes() == (run.root / "report.png").read_bytes()
-    assert str(tmp_path) not in readme.read_text()
-
-    refused = tool("report.py", tmp_path / "nowhere")
+    refused = tool("tools/report.py", tmp_path / "nowhere")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "is not a run directory" in refused.stderr
+
+
+def test_a_readme_and_a_page_are_updated(run, tmp_path) -> None:
+    assert tool("tools/report.py", run.root).returncode == 0
+    readme, page, picture = tmp_path / "README.md", tmp_path / "docs/page.md", tmp_path / "docs/run.png"
+    page.parent.mkdir()
+    for path in (readme, page):
+        path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):  # again: the same
+        updated = tool("scripts/update_readme.py", run.root, "--readme", readme, "--page", page, "--picture", picture)
+        assert updated.returncode == 0, updated.stderr
+        for path in (readme, page):
+            text = path.read_text()
+            assert text.startswith(f"before\n{BEGIN}\n")
+            assert text.endswith(f"{END}\nafter\n")
+            assert "old" not in text
+            assert "| SPIN 1 | 90.0% ± 2.0% |" in text
+            assert "cores" in text
+            assert "torch 2" in text
+            assert str(tmp_path) not in text
+        assert "(docs/run.png)" in readme.read_text()
+        assert "(run.png)" in page.read_text()
+    assert picture.read_bytes() == (run.root / "report.png").read_bytes()
+
+
+def test_the_readme_has_the_first_columns_and_the_page_all(run, tmp_path) -> None:
+    results = read_results(run.root)
+    everything = comparison(results).titles
+    short = run_block(results, picture=tmp_path / "run.png", page=tmp_path / "README.md", short=True)
+    titles = [cell.strip() for cell in short.splitlines()[0].strip("|").split("|")]
+    assert titles == ["", *OVERVIEW, "careless"]
+    assert len(titles) <= 6
+    assert len(everything) > 6
+    # Every row has the cells that the same row has in the whole table.
+    whole = {row[0]: dict(zip(everything, row, strict=True)) for row in comparison(results).rows}
+    for line in short.splitlines()[2:]:
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            assert cells == [whole[cells[0]][title] for title in titles]
 
 
 @pytest.mark.parametrize("text", ["no markers", f"{END}{BEGIN}", f"{BEGIN}{BEGIN}{END}"])
