@@ -49,7 +49,7 @@ test-slow: setup ## the long tests, at most 45 minutes more
 lint: setup ## ruff, mypy, import-linter, codespell and shellcheck over everything
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy megatron_spin
+	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(VENV)/bin/codespell
 	$(VENV)/bin/shellcheck .ci/run $$(find . -path './.*' -prune -o -path ./runs -prune -o \( -name '*.sh' -o -name '*.sbatch' \) -print)

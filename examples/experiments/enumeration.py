@@ -49,7 +49,8 @@ def spin_objective(
     Args:
         generated: what the generated answers are drawn from where that is not the opponent itself.
     """
-    chosen = all_answers(*policy.shape, 2)
+    num_prompts, num_answers = policy.shape
+    chosen = all_answers(num_prompts, num_answers, 2)
     prompts, real, other = chosen.T
     weights = data.exp()[prompts, real] * (opponent if generated is None else generated).exp()[prompts, other]
     losses = Spin(beta=beta, loss=loss)(answer_logps(policy, opponent, prompts, chosen[:, 1:])).loss
@@ -79,7 +80,8 @@ def sft_objective(policy: Tensor, *, data: Tensor) -> Tensor:
 
 def mean_margin(policy: Tensor, *, opponent: Tensor, data: Tensor, beta: float) -> float:
     """The margin's expectation over real ~ data and generated ~ opponent."""
-    chosen = all_answers(*policy.shape, 2)
+    num_prompts, num_answers = policy.shape
+    chosen = all_answers(num_prompts, num_answers, 2)
     prompts, real, generated = chosen.T
     weights = data.exp()[prompts, real] * opponent.exp()[prompts, generated]
     margins = Spin(beta=beta)(answer_logps(policy, opponent, prompts, chosen[:, 1:])).metrics["margin"]

@@ -179,8 +179,12 @@ def block(path: Path, experiment: Experiment, root: Path, *, short: bool = False
 def _engine(experiment: Experiment, root: Path) -> str:
     """The --engine that the runs had, where it is not the default."""
     configs = [experiment.run_dir(root, seed, arm).config for arm in experiment.arms for seed in experiment.seeds]
-    engines = {at_iteration(load_config(path).generation.engine, 0) for path in configs if path.exists()} - {"vllm"}
-    return "".join(f" --engine {engine}" for engine in sorted(engines))
+    engines: set[str] = set()
+    for path in configs:
+        if path.exists():
+            engine = at_iteration(load_config(path).generation.engine, 0)
+            engines.add(engine)
+    return "".join(f" --engine {engine}" for engine in sorted(engines - {"vllm"}))
 
 
 def _machines(experiment: Experiment, root: Path) -> str:
