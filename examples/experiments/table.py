@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from examples.experiments.experiment import Experiment, read_experiment
 from megatron_spin import cli
@@ -182,7 +182,7 @@ def _engine(experiment: Experiment, root: Path) -> str:
     engines: set[str] = set()
     for path in configs:
         if path.exists():
-            engine = at_iteration(load_config(path).generation.engine, 0)
+            engine: Literal["vllm", "hf"] = at_iteration(load_config(path).generation.engine, 0)
             engines.add(engine)
     return "".join(f" --engine {engine}" for engine in sorted(engines - {"vllm"}))
 
