@@ -13,9 +13,14 @@ from tests.support.runs import REPOSITORY
 README = (REPOSITORY / "README.md").read_text()
 
 
-def test_files_named_in_the_text_exist() -> None:
-    named = set(re.findall(r"(?<![\w/])(?:tools|scripts|examples|megatron_spin|tests|docs)/[\w./-]*\w", README))
-    assert len(named) > 5
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_in_the_text_exist(page: str) -> None:
+    text = (REPOSITORY / page).read_text()
+    named = set(re.findall(r"(?<![\w/])(?:tools|scripts|examples|megatron_spin|tests|docs)/[\w./-]*\w", text))
+    assert page != "README.md" or len(named) > 5
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
 
 
@@ -58,13 +63,18 @@ def test_make_targets_exist() -> None:
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")))]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_local_links_and_pictures_exist(page: str) -> None:
     path = REPOSITORY / page
     links = [link for link in re.findall(r"\]\(([^)]+)\)", path.read_text()) if not link.startswith("http")]
     assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_index_has_every_page_once() -> None:
+    index = (REPOSITORY / "docs/index.md").read_text()
+    linked = re.findall(r"^\| \[[^]]+\]\(([^)]+)\)", index, re.MULTILINE)
+    pages = [path.name for path in (REPOSITORY / "docs").glob("*.md") if path.name != "index.md"]
+    assert sorted(linked) == sorted(pages)
 
 
 def test_the_configuration_shown_is_valid() -> None:
