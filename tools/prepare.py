@@ -27,8 +27,8 @@ def main() -> None:
     prepared.save(run_dir.data)
     manifest = prepared.manifest
     if prepared.pairs is not None:  # DPO: the pairs are given, and the opponent is the model that the run begins with
+        from megatron_spin.conversion.identity import identity
         from megatron_spin.data.pairs import TWO_ANSWERS, save_pairs
-        from megatron_spin.hf.identity import identity
 
         opponent = identity(Path(config.model.hf), config.precision.export_dtype)
         save_pairs(

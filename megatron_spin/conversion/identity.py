@@ -1,27 +1,58 @@
-"""The identity of a Megatron model: that of the Hugging Face directory it would be exported to."""
+"""The identity of a model, from its Hugging Face directory or from the Megatron model: the same for the same weights.
+
+Names, shapes and bytes count; buffers, a tied copy of the embedding and the layout of files and ranks do not.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
 
-from megatron_spin.conversion.export import stream_hf
-from megatron_spin.hf.identity import IdentityHasher
+from megatron_spin.conversion.stream import stream_hf
+from megatron_spin.hf.files import TensorFiles, read_hf_config
+from megatron_spin.hf.identity import IdentityHasher, is_buffer
+from megatron_spin.models.families import families
+from megatron_spin.models.family import HfConfig
 from megatron_spin.parallel.collectives import gather_objects
 from megatron_spin.parallel.dims import ParallelDims
 
 
-def streamed_identity(
-    model: Sequence[torch.nn.Module], hf_config: dict[str, Any], dims: ParallelDims, dtype: str
-) -> str:
-    """Identity of ``model`` with its weights cast to ``dtype`` (``fp32`` or ``bf16``), on every rank; a collective.
+def identity(hf_dir: Path, dtype: str) -> str:
+    """Identity of the Hugging Face model in ``hf_dir`` with its weights cast to ``dtype`` (``fp32`` or ``bf16``).
+
+    A model of no known family has an identity, too; of such a model every tensor counts.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        CheckpointError: the directory has no readable safetensors.
+    """
+    hf_config = read_hf_config(hf_dir)
+    tied = bool(hf_config.get("tie_word_embeddings", False))
+    family = families().get(hf_config.get("model_type", ""))
+    hasher = IdentityHasher(dtype)
+    with TensorFiles(hf_dir) as files:
+        for name in files.names:
+            is_copy = family is not None and family.is_tied_copy(name, tied=tied)
+            if not is_copy and not is_buffer(name):
+                hasher.add(name, files.read(name))
+    return hasher.hexdigest()
+
+
+def streamed_identity(model: Sequence[torch.nn.Module], hf_config: HfConfig, dims: ParallelDims, dtype: str) -> str:
+    """Identity of a Megatron model with its weights cast to ``dtype``, on every rank; a collective.
 
     Args:
         model: this rank's chunks.
         hf_config: the model's ``config.json``.
+        dtype: ``fp32`` or ``bf16``.
+
+    Returns:
+        64 hexadecimal digits.
 
     Raises:
-        CheckpointError: as :func:`megatron_spin.conversion.export.stream_hf`.
+        CheckpointError: as :func:`megatron_spin.conversion.stream.stream_hf`.
     """
     hasher = IdentityHasher(dtype)
     for name, tensor in stream_hf(model, hf_config, dims, dtype):

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from megatron_spin.models.families import Family
-from megatron_spin.models.rules import Geometry, Rule, Shape
+from megatron_spin.models.family import Family
+from megatron_spin.models.rules import Geometry, Rule, Shape, global_expert
+from megatron_spin.parallel.dims import ParallelDims
 
 _LAYER = re.compile(r"^(.*\.layers)\.(\d+)\.(.*)$")
 
@@ -18,9 +19,13 @@ class Mapped:
     """One parameter of this rank and how it converts."""
 
     name: str
-    """Megatron's name, with the layer's number in the whole model, from 0."""
-    order: tuple[int, int, int]
-    """Place in the export: embedding, layers in order, final norm, output."""
+    """Megatron's name, with the numbers of layer and expert in the whole model, from 0."""
+    order: tuple[int, int, int, int]
+    """Place in the export: embedding, layers in order, final norm, output; within a layer as in the family's table."""
+    layer: int | None
+    """None outside the layers."""
+    expert: int | None
+    """The expert's number in its layer; None for a parameter that every expert parallel rank holds."""
     rule: Rule
     hf_names: tuple[str, ...]
     parameter: torch.Tensor
@@ -30,7 +35,9 @@ class Mapped:
         return tuple(self.parameter.shape)
 
 
-def mapped_parameters(model: Sequence[torch.nn.Module], *, family: Family, geometry: Geometry) -> list[Mapped]:
+def mapped_parameters(
+    model: Sequence[torch.nn.Module], *, family: Family, geometry: Geometry, dims: ParallelDims
+) -> list[Mapped]:
     """All parameters of this rank's model chunks, in the order of export.
 
     Raises:
@@ -38,23 +45,44 @@ def mapped_parameters(model: Sequence[torch.nn.Module], *, family: Family, geome
     """
     mapped = []
     for name, parameter in global_named_parameters(model):
-        layer, position, rule = family.find(name, geometry)
-        order = (0 if layer >= 0 or name == family.embedding else 1, layer, position)
-        mapped.append(Mapped(name, order, rule, rule.hf_names(layer if layer >= 0 else None), parameter))
+        match = family.find(name, tied=geometry.tied)
+        expert = match.expert
+        if expert is not None:
+            expert = global_expert(expert, ep_rank=dims.ep_rank, ep_size=dims.ep_size, num_experts=geometry.num_experts)
+        behind_layers = match.layer is None and match.pattern != family.embedding
+        mapped.append(
+            Mapped(
+                name=match.pattern.format(layer=match.layer, expert=expert),
+                order=(int(behind_layers), _number(match.layer), match.position, _number(expert)),
+                layer=match.layer,
+                expert=expert,
+                rule=match.rule,
+                hf_names=match.rule.hf_names(layer=match.layer, expert=expert),
+                parameter=parameter,
+            )
+        )
     return sorted(mapped, key=lambda item: item.order)
 
 
+def _number(number: int | None) -> int:
+    return -1 if number is None else number
+
+
 def global_named_parameters(model: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, parameter) of all chunks; layers are numbered in the whole model, from 0, by their own ``layer_number`` (from 1)."""
+    """(name, parameter) of all chunks; layers are numbered in the whole model, from 0.
+
+    Experts keep the number that their expert parallel rank gives them.
+    """
     for chunk in model:
         core = unwrap(chunk)
         for name, parameter in core.named_parameters():
             match = _LAYER.match(name)
             if match:
-                stack, _, rest = match.groups()
-                # A pipeline stage or an interleaved chunk counts its own layers from 0; the layer itself knows where it stands.
-                layer: Any = core.get_submodule(f"{stack}.{match[2]}")
-                name = f"{stack}.{int(layer.layer_number) - 1}.{rest}"
+                stack, local, rest = match.groups()
+                # Each pipeline stage and chunk counts its own layers from 0; the layer itself knows its number in the
+                # model, from 1.
+                layer: Any = core.get_submodule(f"{stack}.{local}")
+                name = f"{stack}.{layer.layer_number - 1}.{rest}"
             yield name, parameter
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_spin.config import Config, Engine, at_iteration
+from megatron_spin.conversion.identity import identity
 from megatron_spin.data.rows import Row
 from megatron_spin.generation.engine import Completion, EngineSettings, answer_caps, open_session
-from megatron_spin.hf.identity import identity
 from megatron_spin.io import atomic_writer
 from megatron_spin.run.directory import Target
 

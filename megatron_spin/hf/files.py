@@ -4,7 +4,7 @@ import contextlib
 import errno
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -68,6 +68,9 @@ class TensorFiles:
         """All tensor names, sorted."""
         return sorted(self._file_of)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the header, without reading the tensor."""
         return tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
@@ -92,11 +95,6 @@ class TensorFiles:
             raise CheckpointError(
                 f"tensor {name} cannot be read from {self.directory / self._file_of[name]} ({error}): copy the model again"
             ) from None
-
-    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor, by name."""
-        for name in self.names:
-            yield name, self.read(name)
 
     def _locate(self) -> dict[str, str]:
         """Maps tensor names to file names; opens all files."""

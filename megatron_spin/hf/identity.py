@@ -1,12 +1,11 @@
-"""The identity of a model: a hash of its weights that does not depend on how they are stored or sharded. No Megatron."""
+"""The hash of a model's weights that does not depend on how they are stored or sharded: its identity. No Megatron."""
 
 import hashlib
 import re
-from pathlib import Path
 
 import torch
 
-from megatron_spin.hf.files import DTYPES, TensorFiles, read_hf_config
+from megatron_spin.hf.files import DTYPES
 
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 
@@ -14,11 +13,6 @@ _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$
 def is_buffer(name: str) -> bool:
     """Whether ``name`` is a buffer that old checkpoints store but that follows from the config."""
     return bool(_BUFFERS.search(name))
-
-
-def is_tied_copy(name: str, *, tied: bool) -> bool:
-    """Whether ``name`` is the output layer of a model that uses its embedding there."""
-    return tied and name == "lm_head.weight"
 
 
 def tensor_digest(tensor: torch.Tensor, dtype: str) -> str:
@@ -44,21 +38,3 @@ class IdentityHasher:
     def hexdigest(self) -> str:
         """64 hexadecimal digits."""
         return hashlib.sha256("".join(self._entries[name] for name in sorted(self._entries)).encode()).hexdigest()
-
-
-def identity(hf_dir: Path, dtype: str) -> str:
-    """Identity of the Hugging Face model in ``hf_dir`` with its weights cast to ``dtype`` (``fp32`` or ``bf16``): 64 hexadecimal digits.
-
-    Names, shapes and bytes count; buffers, a tied ``lm_head`` and the layout of the files do not. Streaming a Megatron model of the same
-    weights (:func:`megatron_spin.conversion.export.export_hf`) gives the same digits at any parallel layout.
-
-    Raises:
-        CheckpointError: the directory has no readable safetensors.
-    """
-    tied = bool(read_hf_config(hf_dir).get("tie_word_embeddings", False))
-    hasher = IdentityHasher(dtype)
-    with TensorFiles(hf_dir) as files:
-        for name in files.names:
-            if not is_buffer(name) and not is_tied_copy(name, tied=tied):
-                hasher.add(name, files.read(name))
-    return hasher.hexdigest()

@@ -1,7 +1,9 @@
-"""Rules: how Hugging Face tensors become one tensor parallel rank's Megatron parameter, and back. Pure; no process group.
+"""Rules: how Hugging Face tensors become one rank's Megatron parameter, and back. Pure; no process group.
 
-A rule is a frozen dataclass. ``split`` takes the whole Hugging Face tensors and gives rank ``rank``'s shard; ``merge`` takes all shards and
-gives the Hugging Face tensors. They are inverse for every tensor parallel size, which the property tests check.
+A rule is a frozen dataclass. ``split`` takes the whole Hugging Face tensors and gives one tensor parallel rank's shard;
+``merge`` takes the shards of all ranks and gives the Hugging Face tensors. They are inverse for every tensor parallel size,
+which the property tests check. Experts are whole parameters: each expert parallel rank holds some of a layer's experts, and
+:func:`global_expert` says which.
 """
 
 import dataclasses
@@ -14,6 +16,14 @@ from torch import Tensor
 from megatron_spin.errors import CheckpointError
 
 Shape = tuple[int, ...]
+
+
+def global_expert(local: int, *, ep_rank: int, ep_size: int, num_experts: int) -> int:
+    """The number in its layer of the expert that rank ``ep_rank`` of ``ep_size`` counts as ``local``; all from 0.
+
+    Megatron gives each expert parallel rank the same number of consecutive experts.
+    """
+    return ep_rank * (num_experts // ep_size) + local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,23 +39,25 @@ class Geometry:
     """Real tokens: Megatron's padding comes behind them."""
     tied: bool
     """The output layer is the embedding."""
+    num_experts: int = 0
+    """Experts of each mixture-of-experts layer; 0 for a dense model."""
 
     @staticmethod
-    def from_hf(config: dict[str, Any]) -> "Geometry":
-        """Reads a ``config.json``.
+    def from_hf(hf_config: dict[str, Any]) -> "Geometry":
+        """Reads a ``config.json`` with the key names of Llama, which most families use.
 
         Raises:
             CheckpointError: a size is missing.
         """
         try:
-            heads = config["num_attention_heads"]
+            heads = hf_config["num_attention_heads"]
             return Geometry(
-                num_layers=config["num_hidden_layers"],
+                num_layers=hf_config["num_hidden_layers"],
                 num_attention_heads=heads,
-                num_query_groups=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                vocab_size=config["vocab_size"],
-                tied=bool(config.get("tie_word_embeddings", False)),
+                num_query_groups=hf_config.get("num_key_value_heads") or heads,
+                head_dim=hf_config.get("head_dim") or hf_config["hidden_size"] // heads,
+                vocab_size=hf_config["vocab_size"],
+                tied=bool(hf_config.get("tie_word_embeddings", False)),
             )
         except KeyError as error:
             raise CheckpointError(
@@ -55,22 +67,29 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """``hf``: Hugging Face names of the tensors that make up the parameter; ``{layer}`` stands for the layer's number, from 0."""
+    """How the Hugging Face tensors ``hf`` make up one Megatron parameter.
+
+    ``{layer}`` and ``{expert}`` in the names stand for the layer's number in the model and the expert's number in its layer,
+    both from 0.
+    """
 
     hf: tuple[str, ...]
 
     sharded = True
     """Whether tensor parallel ranks hold different parts."""
 
-    def hf_names(self, layer: int | None) -> tuple[str, ...]:
-        return tuple(name.format(layer=layer) for name in self.hf)
+    def hf_names(self, *, layer: int | None = None, expert: int | None = None) -> tuple[str, ...]:
+        """``hf`` with the numbers filled in."""
+        return tuple(name.format(layer=layer, expert=expert) for name in self.hf)
 
     def hf_shapes(self, local: Shape, *, tp_size: int, geometry: Geometry) -> list[Shape]:
         """Shapes of the Hugging Face tensors, given the ``local`` shape of the parameter on one of ``tp_size`` ranks."""
         raise NotImplementedError
 
-    def split(self, tensors: Sequence[Tensor], *, rank: int, tp_size: int, local: Shape, geometry: Geometry) -> Tensor:
-        """Rank ``rank``'s shard, of shape ``local``, of the whole ``tensors``."""
+    def split(
+        self, tensors: Sequence[Tensor], *, tp_rank: int, tp_size: int, local: Shape, geometry: Geometry
+    ) -> Tensor:
+        """The shard of shape ``local`` that rank ``tp_rank`` holds of the whole ``tensors``."""
         raise NotImplementedError
 
     def merge(self, shards: Sequence[Tensor], *, geometry: Geometry) -> list[Tensor]:
@@ -80,14 +99,16 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Direct(Rule):
-    """The same tensor on every rank: norms and biases behind a row-parallel matrix."""
+    """The same tensor on every rank: norms, and biases behind a row parallel matrix."""
 
     sharded = False
 
     def hf_shapes(self, local: Shape, *, tp_size: int, geometry: Geometry) -> list[Shape]:
         return [local]
 
-    def split(self, tensors: Sequence[Tensor], *, rank: int, tp_size: int, local: Shape, geometry: Geometry) -> Tensor:
+    def split(
+        self, tensors: Sequence[Tensor], *, tp_rank: int, tp_size: int, local: Shape, geometry: Geometry
+    ) -> Tensor:
         return tensors[0]
 
     def merge(self, shards: Sequence[Tensor], *, geometry: Geometry) -> list[Tensor]:
@@ -95,28 +116,16 @@ class Direct(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
-class ColumnParallel(Rule):
-    """Output features ([out, in] or [out]) shared out in order."""
-
-    def hf_shapes(self, local: Shape, *, tp_size: int, geometry: Geometry) -> list[Shape]:
-        return [(local[0] * tp_size, *local[1:])]
-
-    def split(self, tensors: Sequence[Tensor], *, rank: int, tp_size: int, local: Shape, geometry: Geometry) -> Tensor:
-        return tensors[0].chunk(tp_size, dim=0)[rank]
-
-    def merge(self, shards: Sequence[Tensor], *, geometry: Geometry) -> list[Tensor]:
-        return [torch.cat(list(shards), dim=0)]
-
-
-@dataclasses.dataclass(frozen=True)
 class RowParallel(Rule):
-    """Input features (dimension 1 of [out, in]) shared out in order."""
+    """Ranks hold consecutive input features: parts of dimension 1 of [out, in]."""
 
     def hf_shapes(self, local: Shape, *, tp_size: int, geometry: Geometry) -> list[Shape]:
         return [(local[0], local[1] * tp_size)]
 
-    def split(self, tensors: Sequence[Tensor], *, rank: int, tp_size: int, local: Shape, geometry: Geometry) -> Tensor:
-        return tensors[0].chunk(tp_size, dim=1)[rank]
+    def split(
+        self, tensors: Sequence[Tensor], *, tp_rank: int, tp_size: int, local: Shape, geometry: Geometry
+    ) -> Tensor:
+        return tensors[0].chunk(tp_size, dim=1)[tp_rank]
 
     def merge(self, shards: Sequence[Tensor], *, geometry: Geometry) -> list[Tensor]:
         return [torch.cat(list(shards), dim=1)]
@@ -124,14 +133,16 @@ class RowParallel(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class VocabParallel(Rule):
-    """Rows of the vocabulary shared out in order, with zero rows behind the last real token, which are never merged back."""
+    """Ranks hold consecutive rows of the vocabulary; zero rows pad it behind the last real token and are never merged back."""
 
     def hf_shapes(self, local: Shape, *, tp_size: int, geometry: Geometry) -> list[Shape]:
-        # Where the model is too small for the vocabulary, its own size is what can be filled.
+        # A model with fewer rows than the vocabulary can only be filled up to its own size; the shapes then differ.
         return [(min(geometry.vocab_size, local[0] * tp_size), *local[1:])]
 
-    def split(self, tensors: Sequence[Tensor], *, rank: int, tp_size: int, local: Shape, geometry: Geometry) -> Tensor:
-        rows = tensors[0][rank * local[0] : (rank + 1) * local[0]]
+    def split(
+        self, tensors: Sequence[Tensor], *, tp_rank: int, tp_size: int, local: Shape, geometry: Geometry
+    ) -> Tensor:
+        rows = tensors[0][tp_rank * local[0] : (tp_rank + 1) * local[0]]
         padding = rows.new_zeros((local[0] - rows.shape[0], *rows.shape[1:]))
         return torch.cat([rows, padding], dim=0)
 
@@ -141,19 +152,23 @@ class VocabParallel(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class QueryKeyValue(Rule):
-    """Megatron's ``linear_qkv``: by query group, its queries, then its key, then its value; ``hf`` names q, k and v.
+    """Megatron's ``linear_qkv``: for each query group its queries, then its key, then its value; ``hf`` names q, k and v.
 
-    Ranks take contiguous rows. With fewer groups than ranks, a rank's rows end within a group; Megatron gathers them when it runs.
+    Ranks hold consecutive rows. With fewer groups than ranks, a rank's rows end within a group; Megatron gathers them in
+    its forward pass.
     """
 
     def hf_shapes(self, local: Shape, *, tp_size: int, geometry: Geometry) -> list[Shape]:
-        query, key = geometry.num_attention_heads * geometry.head_dim, geometry.num_query_groups * geometry.head_dim
+        query = geometry.num_attention_heads * geometry.head_dim
+        key = geometry.num_query_groups * geometry.head_dim
         return [(query, *local[1:]), (key, *local[1:]), (key, *local[1:])]
 
-    def split(self, tensors: Sequence[Tensor], *, rank: int, tp_size: int, local: Shape, geometry: Geometry) -> Tensor:
+    def split(
+        self, tensors: Sequence[Tensor], *, tp_rank: int, tp_size: int, local: Shape, geometry: Geometry
+    ) -> Tensor:
         groups = [tensor.reshape(geometry.num_query_groups, -1, *tensor.shape[1:]) for tensor in tensors]
         interleaved = torch.cat(groups, dim=1).flatten(0, 1)
-        return interleaved[rank * local[0] : (rank + 1) * local[0]]
+        return interleaved[tp_rank * local[0] : (tp_rank + 1) * local[0]]
 
     def merge(self, shards: Sequence[Tensor], *, geometry: Geometry) -> list[Tensor]:
         interleaved = torch.cat(list(shards), dim=0)
@@ -164,14 +179,16 @@ class QueryKeyValue(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class GateUp(Rule):
-    """Megatron's ``linear_fc1`` of a gated MLP: each rank holds its part of the gate, then its part of the up projection."""
+    """Megatron's ``linear_fc1`` of a gated MLP: each rank's part of the gate, then its part of the up projection."""
 
     def hf_shapes(self, local: Shape, *, tp_size: int, geometry: Geometry) -> list[Shape]:
         return [(local[0] // 2 * tp_size, *local[1:])] * 2
 
-    def split(self, tensors: Sequence[Tensor], *, rank: int, tp_size: int, local: Shape, geometry: Geometry) -> Tensor:
-        return torch.cat([tensor.chunk(tp_size, dim=0)[rank] for tensor in tensors], dim=0)
+    def split(
+        self, tensors: Sequence[Tensor], *, tp_rank: int, tp_size: int, local: Shape, geometry: Geometry
+    ) -> Tensor:
+        return torch.cat([tensor.chunk(tp_size, dim=0)[tp_rank] for tensor in tensors], dim=0)
 
     def merge(self, shards: Sequence[Tensor], *, geometry: Geometry) -> list[Tensor]:
-        halves = [shard.chunk(2, dim=0) for shard in shards]
-        return [torch.cat([half[i] for half in halves], dim=0) for i in range(2)]
+        gates, ups = zip(*(shard.chunk(2, dim=0) for shard in shards), strict=True)
+        return [torch.cat(gates, dim=0), torch.cat(ups, dim=0)]

@@ -22,6 +22,12 @@ class ParallelDims:
     pp_size: int
     dp_rank: int
     dp_size: int
+    ep_rank: int
+    """Expert parallel ranks hold different experts of a layer and the same of everything else; they are data parallel
+    ranks (and context parallel ranks), too."""
+    ep_size: int
+    expert_dp_rank: int
+    """0 on the lowest rank of those that hold the same experts; without experts, of those that hold the same weights."""
     pg_collection: "ProcessGroupCollection"
 
     @property

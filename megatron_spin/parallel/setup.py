@@ -92,6 +92,9 @@ def initialize(parallel: ParallelConfig, device: torch.device, *, seed: int = 0)
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
 

@@ -10,12 +10,12 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_spin.config import Config, Truncated, at_iteration
+from megatron_spin.conversion.identity import identity
 from megatron_spin.data.pairs import Pair, build_pairs, previous_pairs, save_pairs
 from megatron_spin.data.rows import Row, hash_rows, load_rows
 from megatron_spin.errors import ConfigError, RunDirError
 from megatron_spin.generation.engine import EngineSettings, answer_caps, open_session
 from megatron_spin.generation.shards import Generated, Origin, Shard, ShardStore, plan_shards
-from megatron_spin.hf.identity import identity
 from megatron_spin.io import read_json
 from megatron_spin.run.directory import RunDir
 from megatron_spin.spin.objective import num_iterations, objective_class

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 from megatron_spin.config import Config
-from megatron_spin.conversion.identity import streamed_identity
+from megatron_spin.conversion.identity import identity, streamed_identity
 from megatron_spin.conversion.load import load_hf
 from megatron_spin.conversion.parity import BOUNDS, check_parity, parity_sample, random_sequences
 from megatron_spin.conversion.records import Converted, Parity
 from megatron_spin.errors import CheckpointError, GateError
 from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets, set_dtype
 from megatron_spin.hf.files import read_hf_config
-from megatron_spin.hf.identity import identity
 from megatron_spin.models.provider import build_model
 from megatron_spin.parallel.collectives import gather_objects, raised_everywhere
 from megatron_spin.parallel.dims import ParallelDims

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_spin.config import BaselineConfig, Config, at_iteration
-from megatron_spin.conversion.export import stream_hf
+from megatron_spin.conversion.identity import identity, streamed_identity
 from megatron_spin.conversion.load import load_hf
 from megatron_spin.conversion.parity import PROBE_FILE, parity_sample
 from megatron_spin.data.batcher import Example
@@ -20,9 +20,7 @@ from megatron_spin.data.sampler import BatchSampler
 from megatron_spin.errors import GateError, RunDirError
 from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets
 from megatron_spin.hf.files import read_hf_config
-from megatron_spin.hf.identity import IdentityHasher, identity
 from megatron_spin.io import read_json
-from megatron_spin.parallel.collectives import raised_everywhere
 from megatron_spin.parallel.kernels import announce, layer_spec
 from megatron_spin.parallel.layout import alignment
 from megatron_spin.parallel.setup import initialize
@@ -256,16 +254,13 @@ def _load_start(config: Config, policy: Policy, source: Path, *, first: bool) ->
 
 def _check_policy_is_opponent(config: Config, policy: Policy, opponent: str) -> None:
     """Compares the weights in memory with the model that generated the answers."""
-    hasher = IdentityHasher(config.precision.export_dtype)
     hf_config = read_hf_config(Path(config.model.hf))
-    for name, tensor in stream_hf(policy.model, hf_config, policy.dims, config.precision.export_dtype):
-        hasher.add(name, tensor)
-    with raised_everywhere(policy.dims):
-        if policy.dims.rank == 0 and hasher.hexdigest() != opponent:
-            raise GateError(
-                f"the policy's weights ({hasher.hexdigest()[:12]}) are not the opponent's ({opponent[:12]}), which "
-                "generated the answers: a checkpoint or the exported model was changed since; export again or restore it"
-            )
+    found = streamed_identity(policy.model, hf_config, policy.dims, config.precision.export_dtype)
+    if found != opponent:
+        raise GateError(
+            f"the policy's weights ({found[:12]}) are not the opponent's ({opponent[:12]}), which generated the answers: "
+            "a checkpoint or the exported model was changed since; export again or restore it"
+        )
 
 
 def _reference(

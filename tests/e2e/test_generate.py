@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron_spin.config import load_config
+from megatron_spin.conversion.identity import identity
 from megatron_spin.data.pairs import load_pairs
 from megatron_spin.errors import ConfigError, DeviceError, RunDirError
 from megatron_spin.generation.engine import EngineSettings, answer_caps, open_session
-from megatron_spin.hf.identity import identity
 from megatron_spin.io import read_json, sha256, write_json
 from megatron_spin.phases.generate import generate_iteration
 from megatron_spin.run.directory import RunDir

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_spin.hf.identity import identity
+from megatron_spin.conversion.identity import identity
 from megatron_spin.run.directory import RunDir
 from tests.support.roundtrip import assert_same_model, make_model, read_weights
 from tests.support.runs import command, environment, run_tool, tiny_yaml

@@ -99,9 +99,9 @@ def roundtrip(hf_dir: Path, out_dir: Path, *, tp_size: int = 1, pp_size: int = 1
     """
     model, dims = start(hf_dir, tp_size=tp_size, pp_size=pp_size, dtype=dtype)
     from megatron_spin.conversion.export import export_hf
+    from megatron_spin.conversion.identity import identity
     from megatron_spin.conversion.load import load_hf
     from megatron_spin.conversion.parameters import global_named_parameters
-    from megatron_spin.hf.identity import identity
 
     load_hf(model, hf_dir, dims)
     tied = json.loads((hf_dir / "config.json").read_text())["tie_word_embeddings"]

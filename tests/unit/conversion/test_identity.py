@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_spin.conversion.identity import identity
 from megatron_spin.errors import CheckpointError
 from megatron_spin.hf.files import write_safetensors
-from megatron_spin.hf.identity import IdentityHasher, identity
+from megatron_spin.hf.identity import IdentityHasher
 
 TENSORS = {
     "model.embed_tokens.weight": torch.arange(12, dtype=torch.float32).reshape(4, 3) / 7,
@@ -24,7 +25,7 @@ def write(
     directory: Path, tensors: dict[str, torch.Tensor], *, tied: bool = False, max_shard_bytes: int = 10**9
 ) -> Path:
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": tied}))
     write_safetensors(tensors.items(), directory, max_shard_bytes=max_shard_bytes)
     return directory
 
