@@ -1,7 +1,7 @@
 """The batch seam: how a global batch becomes this rank's microbatches.
 
-Scoring, training, the export gate and the tests all ask the same :class:`Batcher`. How tokens are laid out is known here
-and nowhere else: callers see :meth:`Microbatch.model_inputs` and :meth:`Microbatch.sum_by_answer`.
+Scoring, training, the export gate and the tests all ask the same :class:`Batcher`. How tokens are laid out is known
+here and nowhere else: callers see :meth:`Microbatch.model_inputs` and :meth:`Microbatch.sum_by_answer`.
 """
 
 import dataclasses
@@ -69,7 +69,9 @@ class Microbatch:
         }
 
     def sum_by_answer(self, token_values: torch.Tensor) -> torch.Tensor:
-        """Sums the values of response tokens, [n, s] -> [b, r] fp32; other positions may hold anything, even infinity."""
+        """Sums the values of response tokens, [n, s] -> [b, r] fp32; other positions may hold anything, even
+        infinity.
+        """
         # where, not a product: a padded position may hold an infinite loss, and 0 * inf is NaN.
         sums = torch.where(self.response_mask > 0, token_values.float(), 0.0).sum(dim=1)
         return self._by_answer(sums)
@@ -92,7 +94,9 @@ class Batcher:
     micro_batch_size: int
     """Prompts per microbatch."""
     alignment: int
-    """The length of a microbatch is rounded up to a multiple of this (:func:`megatron_spin.parallel.layout.alignment`)."""
+    """The length of a microbatch is rounded up to a multiple of this
+    (:func:`megatron_spin.parallel.layout.alignment`).
+    """
     dp_rank: int
     dp_size: int
     device: torch.device
@@ -119,7 +123,9 @@ class Batcher:
         return [self._collate(rows, indices[rows], reference) for rows in groups[self.dp_rank :: self.dp_size]]
 
     def _collate(self, rows: np.ndarray, chosen: np.ndarray, reference: np.ndarray | None) -> Microbatch:
-        """The microbatch of the examples ``chosen``, as long as its own longest sequence, rounded up to the alignment."""
+        """The microbatch of the examples ``chosen``, as long as its own longest sequence, rounded up to the
+        alignment.
+        """
         examples = [self.examples[index] for index in chosen]
         longest = max(example.longest for example in examples)
         length = -(-longest // self.alignment) * self.alignment

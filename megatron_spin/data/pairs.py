@@ -1,7 +1,7 @@
 """Training pairs: each prompt with its real answer and the answers that it is compared with. No torch.
 
-A pair file has one column of token ids per answer, ``real_ids`` first; its manifest names them. SPIN has two answers, other
-objectives may have more.
+A pair file has one column of token ids per answer, ``real_ids`` first; its manifest names them. SPIN has two answers,
+other objectives may have more.
 """
 
 import dataclasses
@@ -61,8 +61,10 @@ class BuiltPairs:
 
     pairs: list[Pair]
     counts: dict[str, int]
-    """``own`` and ``previous`` (pairs kept of each), ``truncated`` (own generated answers that did not end), ``dropped``
-    (those of them that were left out), ``identical`` (kept pairs whose real and generated answers are the same)."""
+    """``own`` and ``previous`` (pairs kept of each), ``truncated`` (own generated answers that did not end),
+    ``dropped`` (those of them that were left out), ``identical`` (kept pairs whose real and generated answers are the
+    same).
+    """
 
 
 def build_pairs(

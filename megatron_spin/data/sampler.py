@@ -1,4 +1,6 @@
-"""Which examples make up a global batch. A batch is a pure function of the step, so there is no sampler state to save."""
+"""Which examples make up a global batch. A batch is a pure function of the step, so there is no sampler state to
+save.
+"""
 
 import dataclasses
 

@@ -1,7 +1,7 @@
 """One pass of Megatron's pipeline schedule over a rank's microbatches, and the sum of its results over the ranks.
 
-A forward step takes ``(data_iterator, model)`` and returns the model's output and a loss function. This is the form that
-Megatron's schedules and Megatron-LM's ``pretrain()`` call for each microbatch.
+A forward step takes ``(data_iterator, model)`` and returns the model's output and a loss function. This is the form
+that Megatron's schedules and Megatron-LM's ``pretrain()`` call for each microbatch.
 """
 
 import functools
@@ -44,7 +44,7 @@ def collect_logps() -> ForwardStep:
 
 
 def collect_token_logps() -> ForwardStep:
-    """As :func:`collect_logps`, but collects the log-prob of every token, [n, s] fp32: what the export gate compares."""
+    """As :func:`collect_logps`, but collects every token's log-prob, [n, s] fp32: what the export gate compares."""
 
     def loss_func(batch: Microbatch, token_losses: Tensor, *, non_loss_data: bool) -> Tensor:
         assert non_loss_data
@@ -60,7 +60,8 @@ def run_schedule(
     *,
     forward_only: bool = False,
 ) -> list[Any]:
-    """Runs this rank's ``microbatches`` forward and backward, or forward only to collect what the loss function returns.
+    """Runs this rank's ``microbatches`` forward and backward, or forward only to collect what the loss function
+    returns.
 
     Returns:
         One result per microbatch on the last pipeline stage, an empty list on the others.

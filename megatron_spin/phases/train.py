@@ -36,8 +36,9 @@ from megatron_spin.spin.objective import (
 )
 from megatron_spin.spin.sft import Sft
 from megatron_spin.training.assembly import Policy, build_policy
-from megatron_spin.training.checkpoint import carry_over_main_weights, latest_step, load_checkpoint
+from megatron_spin.training.checkpoint import latest_step, load_checkpoint
 from megatron_spin.training.metrics import MetricsWriter
+from megatron_spin.training.optimizer_state import carry_over_main_weights
 from megatron_spin.training.schedule import StepPlan
 from megatron_spin.training.scoring import ScoreCache, check_scores
 
@@ -63,8 +64,8 @@ def read_inputs(config: Config, run_dir: RunDir, target: Target) -> Inputs:
     """What ``target`` is trained on.
 
     Raises:
-        RunDirError: the target is not in the configuration, an earlier phase has not finished, or the pairs were made by
-            another opponent.
+        RunDirError: the target is not in the configuration, an earlier phase has not finished, or the pairs were made
+            by another opponent.
         DataError: there are too few examples for one batch.
     """
     if target.baseline is not None:
@@ -258,8 +259,8 @@ def _check_policy_is_opponent(config: Config, policy: Policy, opponent: str) -> 
     found = streamed_identity(policy.model, hf_config, policy.dims, config.precision.export_dtype)
     if found != opponent:
         raise GateError(
-            f"the policy's weights ({found[:12]}) are not the opponent's ({opponent[:12]}), which generated the answers: "
-            "a checkpoint or the exported model was changed since; export again or restore it"
+            f"the policy's weights ({found[:12]}) are not the opponent's ({opponent[:12]}), which generated the "
+            "answers: a checkpoint or the exported model was changed since; export again or restore it"
         )
 
 
@@ -273,7 +274,8 @@ def _reference(
     fresh: bool,
     say: Callable[[str], None],
 ) -> np.ndarray:
-    """The opponent's scores, [N, r], from the cache or computed now; the policy may hold the opponent's weights afterwards.
+    """The opponent's scores, [N, r], from the cache or computed now; the policy may hold the opponent's weights
+    afterwards.
 
     Args:
         fresh: the policy holds the weights that the iteration starts from.
@@ -354,7 +356,9 @@ def _check_same_training(target: Target, now: dict[str, Any], then: dict[str, An
 
 
 def _write_probe(target: Target, policy: Policy) -> None:
-    """Keeps the trainer's token log-probs of a few sequences beside the checkpoint, for the export gate; a collective."""
+    """Keeps the trainer's token log-probs of a few sequences beside the checkpoint, for the export gate; a
+    collective.
+    """
     sequences = []
     for example in policy.batcher.examples[:PROBE_EXAMPLES]:
         sequences += [(example.prompt_ids, answer) for answer in example.answers]

@@ -62,7 +62,9 @@ class Outcome:
     metrics: "dict[str, Tensor]" = dataclasses.field(default_factory=dict)
     """[b] each, by name: means over the prompts of a step go into ``metrics.jsonl``."""
     weight: "Tensor | None" = None
-    """[b] whole numbers: what each prompt counts in the mean of the loss over the global batch; None counts each once."""
+    """[b] whole numbers: what each prompt counts in the mean of the loss over the global batch; None counts each
+    once.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

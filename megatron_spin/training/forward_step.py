@@ -1,7 +1,8 @@
 """The training step's forward step: the loss of an objective, with an exact mean over the global batch.
 
-The loss function returns ``(loss_sum, count, {name: [sum, count]})``. With ``calculate_per_token_loss`` Megatron divides
-gradients by the sum of ``count`` over all microbatches and data parallel ranks: prompts, or what the objective weighs by.
+The loss function returns ``(loss_sum, count, {name: [sum, count]})``. With ``calculate_per_token_loss`` Megatron
+divides gradients by the sum of ``count`` over all microbatches and data parallel ranks: prompts, or what the
+objective weighs by.
 """
 
 import torch

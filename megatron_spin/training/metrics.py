@@ -40,7 +40,7 @@ def metrics_row(
 
 
 class MetricsWriter:
-    """Appends one object a step; on resume it first drops the steps that will be done again, so that no step is there twice."""
+    """Appends one object per step. On resume it first drops the steps that will run again, so no step is there twice."""
 
     def __init__(self, jsonl: Path, tensorboard: Path, *, step: int, total: int, label: str, enabled: bool) -> None:
         self.enabled = enabled
@@ -85,7 +85,7 @@ class MetricsWriter:
         self._bar.update()
 
     def sync(self) -> None:
-        """Makes what was written durable; called before a checkpoint that counts on it."""
+        """Makes what was written durable; a checkpoint relies on it."""
         if self.enabled:
             os.fsync(self._file.fileno())
             self._tensorboard.flush()

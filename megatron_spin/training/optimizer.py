@@ -26,7 +26,9 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
 
 
 def distributed_optimizer(config: Config) -> bool:
-    """Whether the optimizer state is sharded: as configured, but not for SGD, which Megatron's DistributedOptimizer does not take."""
+    """Whether the optimizer state is sharded: as configured, but not for SGD, which Megatron's DistributedOptimizer
+    does not take.
+    """
     return config.parallel.use_distributed_optimizer and config.training.optimizer["optimizer"] != "sgd"
 
 
@@ -34,18 +36,20 @@ def optimizer_config(config: Config, *, learning_rate: float) -> OptimizerConfig
     """``training.optimizer`` as Megatron's OptimizerConfig.
 
     Raises:
-        ConfigError: an unknown field, an optimizer that is not there, or a field that it has no use for.
+        ConfigError: an unknown field, an unknown optimizer, or a field that the optimizer ignores.
     """
     given = dict(config.training.optimizer)
     if given["optimizer"] not in OPTIMIZERS:
         raise ConfigError(
-            f"training.optimizer.optimizer={given['optimizer']!r} is not there: choose one of {', '.join(OPTIMIZERS)}"
+            f"training.optimizer.optimizer={given['optimizer']!r} is unknown: choose one of {', '.join(OPTIMIZERS)}"
         )
     if given["optimizer"] == "rmsprop":
-        for name in [name for name in rmsprop.REFUSED if name in given]:
-            raise ConfigError(
-                f"training.optimizer.{name}={given[name]} does not apply to rmsprop: leave it out, or use optimizer: adam"
-            )
+        for name in rmsprop.REFUSED:
+            if name in given:
+                raise ConfigError(
+                    f"training.optimizer.{name}={given[name]} does not apply to rmsprop: "
+                    "leave it out, or use optimizer: adam"
+                )
         given = {"adam_beta2": rmsprop.ALPHA, "adam_eps": rmsprop.EPS, **given, **rmsprop.AS_ADAM}
     bf16 = config.precision.dtype == "bf16"
     ours = {"lr": learning_rate, "bf16": bf16, "params_dtype": torch.bfloat16 if bf16 else torch.float32}
@@ -82,7 +86,9 @@ def wrap_and_optimize(
             group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
         for chunk in wrapped:
             chunk.config.finalize_model_grads_func = finalize_model_grads
-            chunk.config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [part.no_sync for part in wrapped]
+            chunk.config.no_sync_func = wrapped[0].no_sync
+            if len(wrapped) > 1:
+                chunk.config.no_sync_func = [part.no_sync for part in wrapped]
             chunk.config.grad_scale_func = optimizer.scale_loss
     return wrapped, optimizer
 

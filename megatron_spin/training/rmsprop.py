@@ -4,8 +4,8 @@ Megatron has no RMSProp, and its DistributedOptimizer takes no optimizer but Ada
 
     v <- alpha v + (1 - alpha) g^2,    theta <- theta - lr g / (sqrt(v) + eps),
 
-which is Adam with betas (0, alpha) and without bias correction: so Megatron builds its Adam, shards it and saves it, and only the rule
-of the step is another.
+which is Adam with betas (0, alpha) and without bias correction: so Megatron builds its Adam, shards it and saves it,
+and only the rule of the step is another.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,17 @@ ALPHA, EPS = 0.99, 1e-8
 AS_ADAM: dict[str, Any] = {"optimizer": "adam", "adam_beta1": 0.0}
 """What Megatron is asked for in RMSProp's place."""
 REFUSED = ("adam_beta1", "sgd_momentum", "optimizer_cpu_offload")
-"""Fields of ``OptimizerConfig`` that would be ignored: RMSProp has no momentum here, and Megatron's offloading knows Adam and SGD alone."""
+"""Fields of ``OptimizerConfig`` that would be ignored: RMSProp has no momentum here, and Megatron's offloading knows
+Adam and SGD alone.
+"""
 
 
 class RMSProp(torch.optim.AdamW):
     """torch's RMSProp, bit for bit, with the state that Megatron saves and shards of an Adam.
 
-    ``exp_avg_sq`` is v; ``exp_avg`` stays zero (Megatron's checkpoints have a place for it, so it must be there); ``step`` only counts.
-    Weight decay is AdamW's, theta <- theta (1 - lr decay), unless ``decoupled`` is false: then torch's RMSprop's, g <- g + decay theta.
+    ``exp_avg_sq`` is v; ``exp_avg`` stays zero (Megatron's checkpoints have a place for it, so it must be there);
+    ``step`` only counts. Weight decay is AdamW's, theta <- theta (1 - lr decay), unless ``decoupled`` is false: then
+    torch's RMSprop's, g <- g + decay theta.
     """
 
     def __init__(self, params: Any, *, decoupled: bool = True, **defaults: Any) -> None:
@@ -53,9 +56,20 @@ class RMSProp(torch.optim.AdamW):
                 for param in params:
                     param.mul_(1 - group["lr"] * decay)
             rmsprop(
-                params, grads, squares, [], [], steps, foreach=group["foreach"], lr=group["lr"], alpha=group["betas"][1], eps=group["eps"],
-                weight_decay=0.0 if self.decoupled else decay, momentum=0.0, centered=False,
-            )  # fmt: skip
+                params,
+                grads,
+                squares,
+                [],
+                [],
+                steps,
+                foreach=group["foreach"],
+                lr=group["lr"],
+                alpha=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=0.0 if self.decoupled else decay,
+                momentum=0.0,
+                centered=False,
+            )
         return loss
 
 

@@ -130,8 +130,8 @@ def check_scores(
 ) -> CheckedScores:
     """Scores the first training batch twice more, in two cuts: their difference is the noise, and the cache must agree.
 
-    The second cut has one prompt per microbatch and the reverse order, so its matrices and its padding differ, as those of
-    the scoring pass do from training's.
+    The second cut has one prompt per microbatch and the reverse order, so its matrices and its padding differ, as
+    those of the scoring pass do from training's.
 
     Args:
         cached: [N, r] scores of all examples; None if the objective needs none.
@@ -152,9 +152,10 @@ def check_scores(
     finite = np.where(np.isfinite(difference), difference, np.inf)
     worst = np.unravel_index(np.argmax(finite), finite.shape)
     if finite[worst] > tolerance:
+        pair, answer = batch[worst[0]], answers[int(worst[1])]
         raise GateError(
-            f"the opponent's score of pair {batch[worst[0]]} ({answers[int(worst[1])]}) is {cached[batch][worst]:.6f}, but the "
-            f"policy at step 0, which is the opponent, gives {fresh[worst]:.6f}; allowed difference {tolerance:.1e} nats: "
+            f"the opponent's score of pair {pair} ({answer}) is {cached[batch][worst]:.6f}, but the policy at step 0, "
+            f"which is the opponent, gives {fresh[worst]:.6f}; allowed difference {tolerance:.1e} nats: "
             "delete pairs/scores.* and run again, or find what changed the weights"
         )
     return CheckedScores(fresh, tolerance, difference=float(finite[worst]))
