@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the examples' scripts share: KEY=value arguments and the Python interpreter. A script sets `script` (its path in the repository) and
-# defines `usage` before it calls anything here.
+# Shared by the scripts of the examples: KEY=value arguments and the Python interpreter. A script sets `script` (its
+# path in the repository) and defines `usage` before it calls anything here.
 
 repository=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -39,6 +39,6 @@ check_seed() {
 # Sets `python`; the tools that the script calls get the same one.
 find_python() {
   python=${PYTHON:-$repository/.venv/bin/python}
-  command -v "$python" >/dev/null || die "the Python interpreter $python does not exist: run \`make setup\` or set PYTHON"
+  command -v "$python" >/dev/null || die "no Python interpreter at $python: run \`make setup\` or set PYTHON"
   export PYTHON=$python PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 }

@@ -1,6 +1,7 @@
-"""SPIN where everything can be counted: policies over so few answers that expectations are sums. The loss is the package's own.
+"""SPIN by enumeration: policies over so few answers that expectations are sums. The loss is the package's own.
 
-A policy is its log-probs [prompts, answers] in float64; prompts are equally likely. What is `data` and what is `opponent` are such tables, too.
+A policy is its log-probs [prompts, answers] in float64; prompts are equally likely. `data` and `opponent` are such
+tables, too.
 """
 
 import itertools
@@ -20,7 +21,7 @@ def random_policy(prompts: int, answers: int, *, seed: int, scale: float = 1.0) 
 
 
 def answer_logps(policy: Tensor, opponent: Tensor, prompts: Tensor, answers: Tensor) -> AnswerLogps:
-    """Log-probs of the ``answers`` [n, r] (indices) to ``prompts`` [n] under both tables; every answer has one token."""
+    """Log-probs of ``answers`` [n, r] (indices) to ``prompts`` [n] under both tables; every answer has one token."""
     rows = prompts[:, None]
     return AnswerLogps(
         policy=policy[rows, answers],
@@ -47,7 +48,7 @@ def spin_objective(
     """Equation 4.7 without sampling: the mean of the loss over real ~ data and generated ~ opponent; a scalar.
 
     Args:
-        generated: what the generated answers are drawn from where that is not the opponent itself.
+        generated: the distribution of the generated answers; default: the opponent.
     """
     num_prompts, num_answers = policy.shape
     chosen = all_answers(num_prompts, num_answers, 2)
@@ -67,7 +68,7 @@ def pairs_objective(policy: Tensor, pairs: Tensor, *, opponent: Tensor, beta: fl
 
 
 def draw_pairs(data: Tensor, opponent: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` pairs as :func:`pairs_objective` takes them: a prompt, a real answer to it and one of the opponent's."""
+    """``count`` rows of prompt, real answer and opponent's answer, as :func:`pairs_objective` takes them."""
     prompt = torch.randint(len(data), (count,), generator=generator)
     answers = [torch.multinomial(table.exp()[prompt], 1, generator=generator).squeeze(1) for table in (data, opponent)]
     return torch.stack([prompt, *answers], dim=1)
@@ -99,13 +100,13 @@ def theorem_5_4(opponent: Tensor, data: Tensor, beta: float) -> Tensor:
 
 
 def error(policy: Tensor, data: Tensor) -> Tensor:
-    """log(policy / data) of each answer less its mean over the prompt's answers: zero exactly where the policy is the data."""
+    """log(policy / data) of each answer minus its mean over the prompt's answers: zero only at the data."""
     ratio = policy - data
     return ratio - ratio.mean(-1, keepdim=True)
 
 
 def minimise(objective: Callable[[], Tensor], parameters: Iterable[Tensor], *, iterations: int = 400) -> None:
-    """L-BFGS on ``parameters``, in place, until its line search finds nothing better."""
+    """L-BFGS on ``parameters``, in place, until its line search finds no improvement."""
     optimizer = torch.optim.LBFGS(
         list(parameters),
         max_iter=iterations,
@@ -128,7 +129,7 @@ def minimise(objective: Callable[[], Tensor], parameters: Iterable[Tensor], *, i
 def best_response(
     opponent: Tensor, data: Tensor, beta: float, loss: str = "logistic", generated: Tensor | None = None
 ) -> Tensor:
-    """The next policy of a whole, exact iteration: the minimiser of the objective over all policies, found from the opponent on."""
+    """The policy after an exact iteration: the objective's minimiser over all policies."""
     logits = opponent.clone().requires_grad_()
     minimise(
         lambda: spin_objective(
@@ -149,22 +150,22 @@ def _descend(objective: Callable[[Tensor], Tensor], start: Tensor, *, rate: floa
 
 
 def gradient_path(opponent: Tensor, data: Tensor, beta: float, *, rate: float, steps: int) -> list[Tensor]:
-    """The policies of one iteration by exact gradient descent on the logits, the opponent first: ``steps + 1`` of them."""
+    """The ``steps + 1`` policies of one iteration by exact gradient descent on the logits, from the opponent on."""
     return _descend(
         lambda policy: spin_objective(policy, opponent=opponent, data=data, beta=beta), opponent, rate=rate, steps=steps
     )
 
 
 def sft_path(start: Tensor, data: Tensor, *, rate: float, steps: int) -> list[Tensor]:
-    """The same of SFT from ``start`` on."""
+    """The same for SFT from ``start`` on."""
     return _descend(lambda policy: sft_objective(policy, data=data), start, rate=rate, steps=steps)
 
 
 class EnumeratedLlama:
-    """A Llama of transformers in float64, and every answer that it could give to a few prompts.
+    """A Llama of transformers in float64, and every answer that it can give to a few prompts.
 
-    Token 0 ends an answer; an answer that has not ended after ``longest`` tokens is cut off there. So the probabilities of the answers to a
-    prompt sum to one, as those of a generator with a limit do.
+    Token 0 ends an answer; an answer that has not ended after ``longest`` tokens is cut off there. So the probabilities
+    of the answers to a prompt sum to one, as those of a generator with a limit do.
     """
 
     def __init__(
@@ -180,15 +181,21 @@ class EnumeratedLlama:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=16, initializer_range=scale, tie_word_embeddings=False,
-        )  # fmt: skip
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=16,
+            initializer_range=scale,
+            tie_word_embeddings=False,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = LlamaForCausalLM(config).double()
-        for module in list(
-            self.model.modules()
-        ):  # transformers' RMSNorm computes in fp32, whatever the model's dtype is
+        # transformers' RMSNorm computes in fp32, whatever the model's dtype is.
+        for module in list(self.model.modules()):
             for name, child in list(module.named_children()):
                 if type(child).__name__ == "LlamaRMSNorm":
                     setattr(module, name, torch.nn.RMSNorm(hidden, eps=config.rms_norm_eps, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""What an experiment is: a YAML file that names seeds and arms; each arm is a self-play run with some keys of the quickstart's changed."""
+"""An experiment: a YAML file with seeds and arms. An arm is the quickstart's self-play with some keys changed."""
 
 import dataclasses
 import hashlib
@@ -15,14 +15,14 @@ from megatron_spin.run.directory import RunDir
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One way to train, run once a seed."""
+    """One way to train, run once per seed."""
 
     overrides: dict[str, Any]
     """Keys of the configuration (with dots) and their values."""
     data: str = "spin"
-    """Which of the files of make_problems.py is trained on, without its suffix."""
+    """The training file among those of make_problems.py, without its suffix."""
     after: str | None = None
-    """The arm whose last policy is the model that this one begins with; None: the SFT model."""
+    """The arm whose last policy this one starts from; None: the SFT model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +34,18 @@ class Experiment:
     seeds: list[int]
     arms: dict[str, Arm]
     best: dict[str, list[str]]
-    """Rows made of others: for each seed the one with the best sampled exact match."""
+    """Rows that take, for each seed, the one of several rows with the best sampled exact match."""
     columns: dict[str, str]
     """Further columns of the table: title, and a share in ``eval.json``."""
     claims: list[tuple[str, str]]
     """Pairs of rows (left, right): for how many seeds was the left one's sampled exact match higher?"""
 
     def run_dir(self, root: Path, seed: int, arm: str) -> RunDir:
-        """Where the run of ``arm`` with ``seed`` lies below ``root``: arms of all experiments that are alike share one run."""
+        """The directory below ``root`` for ``arm`` with ``seed``. Equal arms of different experiments share one run."""
         return RunDir(root / f"seed_{seed}" / self._key(arm))
 
     def _key(self, name: str) -> str:
-        """Ten hexadecimal digits that stand for everything in which the arm differs from others."""
+        """Ten hexadecimal digits of the hash of everything in which arms differ."""
         arm = self.arms[name]
         what = [arm.overrides, arm.data, self._key(arm.after) if arm.after is not None else None]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
@@ -55,7 +55,7 @@ def read_experiment(path: Path) -> Experiment:
     """Reads and checks an experiment.
 
     Raises:
-        ConfigError: it is missing, is no YAML, has an unknown key, or a row that is not there.
+        ConfigError: the file is missing, is not YAML, has an unknown key, or names an arm that does not exist.
     """
     try:
         raw = yaml.load(path.read_text(), Loader=Loader)

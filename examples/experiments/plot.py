@@ -1,4 +1,7 @@
-"""Draws an experiment: the share of careless answers and the accuracy of the careful ones by iteration, mean and spread over the seeds."""
+"""Draws an experiment by iteration, as mean and spread over the seeds.
+
+One panel has the share of careless answers, the other the accuracy of the careful ones.
+"""
 
 import argparse
 import io
@@ -20,7 +23,7 @@ PANELS = {"careless answers, %": "sampled", "careful answers that are right, %":
 
 
 def series(rows: dict[str, dict[int, Values]], arm: str, key: str) -> list[tuple[float, float]]:
-    """Mean and standard deviation over the seeds, in percent: of the model that ``arm`` began with, then of each iteration."""
+    """Mean and standard deviation over the seeds, in percent: the model that ``arm`` starts from, each iteration."""
     labels = ["sft", *(str(t) for t in range(len(rows)) if f"{arm}/{t}" in rows)]
     points = []
     for label in labels:
@@ -38,9 +41,9 @@ def draw(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> bytes:
 
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(1, len(PANELS), figsize=(8, 3.1), layout="constrained")
-        for place, (title, key) in zip(axes, PANELS.items(), strict=True):
-            _panel(place, {arm: series(rows, arm, key) for arm in experiment.arms if f"{arm}/sft" in rows})
-            place.set_title(title)
+        for ax, (title, key) in zip(axes, PANELS.items(), strict=True):
+            _panel(ax, {arm: series(rows, arm, key) for arm in experiment.arms if f"{arm}/sft" in rows})
+            ax.set_title(title)
         axes[0].axhline(DATA_SHARE, color="#8a919c", linewidth=1.2, linestyle="--", label="in the data")
         axes[0].legend()
         buffer = io.BytesIO()
@@ -49,14 +52,14 @@ def draw(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> bytes:
     return buffer.getvalue()
 
 
-def _panel(place: Any, arms: dict[str, list[tuple[float, float]]]) -> None:
+def _panel(ax: Any, arms: dict[str, list[tuple[float, float]]]) -> None:
     for color, (arm, points) in zip(COLORS, arms.items(), strict=False):
         means, spreads = [mean for mean, _ in points], [spread for _, spread in points]
-        place.errorbar(
+        ax.errorbar(
             range(len(points)), means, yerr=spreads, color=color, marker="o", markersize=4, capsize=3, label=arm
         )
     longest = max(map(len, arms.values()))
-    place.set_xticks(range(longest), ["SFT", *(f"SPIN {t}" for t in range(longest - 1))])
+    ax.set_xticks(range(longest), ["SFT", *(f"SPIN {t}" for t in range(longest - 1))])
 
 
 def main() -> None:

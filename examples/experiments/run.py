@@ -1,7 +1,7 @@
-"""Runs experiments: for each seed the quickstart's data and SFT model, then every arm through tools/spin.sh. Run it again to continue.
+"""Runs experiments: for each seed the quickstart's data and SFT model, then every arm through tools/spin.sh.
 
-The SFT model of a seed is made once and shared by all experiments below the same --out. Each run uses one thread; --jobs says how many run at
-a time.
+The same command resumes. The SFT model of a seed is made once and shared by all experiments below the same --out. Each
+run uses one thread; --jobs says how many run at a time.
 """
 
 import argparse
@@ -72,7 +72,7 @@ class Runner:
         self._spin(log, "spin.yaml", run_dir.root, self.settings(arm, start / "data", hf))
 
     def settings(self, arm: Arm, data: Path, hf: Path) -> list[str]:
-        """The overrides of an arm that trains on a file in ``data`` and begins with ``hf``."""
+        """The overrides of an arm that trains on a file in ``data`` and starts from ``hf``."""
         settings = {
             "model.hf": str(hf),
             "data.path": str(data / f"{arm.data}.jsonl"),
@@ -103,12 +103,16 @@ class Runner:
                 "no message"
             ]
             raise SpinError(
-                f"{command[0]} ended with {status} ({lines[-1].removeprefix('error: ')}): see {log}; then run the same command again"
+                f"{command[0]} ended with {status} ({lines[-1].removeprefix('error: ')}): "
+                f"see {log}; then run the same command again"
             )
 
 
 def run(experiments: Sequence[Experiment], runner: Runner, *, seeds: Sequence[int] | None, jobs: int) -> None:
-    """Runs every arm of every experiment, ``jobs`` seeds at a time (a seed's runs share files); after a failure no further run begins."""
+    """Runs every arm of every experiment, ``jobs`` seeds at a time: the runs of a seed share files.
+
+    After a failure no further run starts.
+    """
     failed = threading.Event()
     wanted = sorted({seed for experiment in experiments for seed in experiment.seeds if seeds is None or seed in seeds})
     with (
@@ -159,14 +163,14 @@ def main() -> None:
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="runs at a time (default: one a core, here %(default)s)",
+        help="runs at a time (default: one per core, here %(default)s)",
     )
     parser.add_argument(
         "--engine", choices=("vllm", "hf"), default="vllm", help="what generates (default: %(default)s)"
     )
     arguments = parser.parse_args()
     if arguments.jobs < 1:
-        raise ConfigError(f"--jobs {arguments.jobs} must be greater than 0: it is how many runs go on at a time")
+        raise ConfigError(f"--jobs {arguments.jobs} must be greater than 0: it is the number of runs at a time")
     experiments = [read_experiment(path) for path in arguments.experiments]
     run(
         experiments,

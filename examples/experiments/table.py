@@ -52,7 +52,7 @@ COLUMNS: dict[str, tuple[Callable[[Values], float | None], Callable[[float], str
 
 
 def measured(experiment: Experiment, root: Path) -> dict[str, dict[int, Values]]:
-    """The evaluations by row name (``ARM/sft``, ``ARM/BASELINE``, ``ARM/ITERATION``, then the ``best`` ones) and seed."""
+    """The evaluations by row (``ARM/sft``, ``ARM/BASELINE``, ``ARM/ITERATION``, then the ``best`` ones) and by seed."""
     rows: dict[str, dict[int, Values]] = {}
     for arm in experiment.arms:
         for seed in experiment.seeds:
@@ -114,7 +114,7 @@ def _cell(evaluations: Any, value: Callable[[Values], float | None], text: Calla
 
 
 def claims(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> list[str]:
-    """One line a claim: for how many seeds the left row's sampled exact match was higher; the mean difference and its standard error."""
+    """One line per claim: the seeds on which the left row's sampled exact match is higher, and the mean difference."""
     lines = []
     for left, right in experiment.claims:
         first, second = rows.get(left, {}), rows.get(right, {})
@@ -125,7 +125,8 @@ def claims(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> list[s
             lines.append(f"- {_words(experiment, left)} above {_words(experiment, right)}: not measured")
             continue
         error = f" ± {_percent(statistics.stdev(gains) / math.sqrt(len(gains)))}" if len(gains) > 1 else ""
-        held = f"{sum(gain > 0 for gain in gains)} of {len(gains)} seeds, by {_percent(statistics.fmean(gains))}{error} points"
+        held = f"{sum(gain > 0 for gain in gains)} of {len(gains)} seeds"
+        held += f", by {_percent(statistics.fmean(gains))}{error} points"
         lines.append(f"- {_words(experiment, left)} above {_words(experiment, right)}: {held}")
     return lines
 
@@ -171,7 +172,8 @@ def block(path: Path, experiment: Experiment, root: Path, *, short: bool = False
     parts = [markdown(table(experiment, rows)), claimed, markdown(by_seed(experiment, rows))]
     parts += [f"Not finished: {', '.join(missing)}."] if missing else []
     parts += [
-        f"`.venv/bin/python -m examples.experiments.run {path}{_engine(experiment, root)}`{_machines(experiment, root)}."
+        f"`.venv/bin/python -m examples.experiments.run {path}{_engine(experiment, root)}`"
+        f"{_machines(experiment, root)}."
     ]
     return "\n\n".join(part for part in parts if part)
 

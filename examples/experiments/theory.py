@@ -1,8 +1,9 @@
-"""Draws docs/concepts.png: how beta, the steps of an iteration and the number of iterations decide where self-play ends.
+"""Draws docs/concepts.png: how beta, steps and iterations decide where self-play ends.
 
     .venv/bin/python -m examples.experiments.theory [PICTURE.png]
 
-Everything is exact, on two prompts with six answers each: the policies and the objective are those of tests/unit/test_theory.py.
+Everything is exact, on two prompts with six answers each. The policies and the objective are those of
+tests/unit/spin/test_theory.py.
 """
 
 import argparse
@@ -16,13 +17,20 @@ from examples.experiments.enumeration import best_response, divergence, gradient
 STEPS, ITERATIONS = 300, 8
 COLORS = {0.1: "#d1603d", 0.3: "#e0a458", 0.5: "#8a6fa8", 0.7: "#5b8c5a", 1.0: "#1f6f8b", 5.0: "#2b2f36"}
 STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#e3e6eb", "legend.frameon": False, "legend.fontsize": 8,
-}  # fmt: skip
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e3e6eb",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
 
 
 def within_one_iteration(axes: Any, opponent: Tensor, data: Tensor) -> None:
-    """KL over gradient steps; the rate is divided by beta/2, so that all curves begin with the same step as SFT's."""
+    """KL over gradient steps. The rate is divided by beta/2, so that all curves start with the same step as SFT's."""
     for beta in (0.1, 0.3, 1.0, 5.0):
         path = gradient_path(opponent, data, beta, rate=2 / beta, steps=STEPS)
         axes.plot(
@@ -51,12 +59,11 @@ def within_one_iteration(axes: Any, opponent: Tensor, data: Tensor) -> None:
 
 
 def from_iteration_to_iteration(axes: Any, opponent: Tensor, data: Tensor) -> None:
-    """KL after iterations that are minimised exactly, and (dashed) that are stopped after ten steps."""
+    """KL after iterations that are minimised exactly, and (dashed) after iterations that stop after ten steps."""
     for beta in (0.3, 0.5, 0.7, 1.0, 5.0):
         policy, path = opponent, [divergence(data, opponent)]
-        for _ in range(
-            ITERATIONS if beta > 0.3 else 3
-        ):  # beyond that the probabilities of exact policies leave fp64's range
+        # At a small beta, the probabilities of exact policies soon leave fp64's range.
+        for _ in range(ITERATIONS if beta > 0.3 else 3):
             policy = best_response(policy, data, beta)
             path.append(max(divergence(data, policy), 1e-9))
         axes.plot(path, color=COLORS[beta], marker="o", markersize=3, label=f"beta {beta:g}, minimised")

@@ -1,12 +1,14 @@
-"""A model provider of one's own: a plain Megatron-Core GPTModel, built by hand, that gets the SPIN loss.
+"""A user's own model provider: a plain Megatron-Core GPTModel, built by hand, that is trained with the SPIN loss.
 
-The signature is Megatron's, so the provider of an existing Megatron-LM script works the same way. Name it in the configuration:
+The signature is Megatron's, so the provider of an existing Megatron-LM script works in the same way. Name it in the
+configuration:
 
     model:
       hf: path/to/model                      # where the weights, the tokenizer and config.json are
       provider: examples.providers.plain_gpt:model_provider
 
-Nothing here knows SPIN. Only the shape must be the one of ``model.hf``; here it is a Llama of two layers, hidden size 64.
+Nothing here knows about SPIN. Only the shape must be that of ``model.hf``; here it is a Llama with two layers and
+hidden size 64.
 """
 
 import torch

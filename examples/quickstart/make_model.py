@@ -1,7 +1,8 @@
 """Makes an untrained Llama and a tokenizer for it, as a Hugging Face directory in fp32.
 
-Without ``--bpe`` the tokenizer has one token a word and one a digit, made from the words of ``--data``, and the model is tiny (90 thousand
-parameters). With ``--bpe N`` it is a byte-level BPE of N tokens trained on ``--data``, and the model is small (1.4 million parameters).
+Without ``--bpe`` the tokenizer has one token per word of ``--data`` and one per digit, and the model is tiny (90
+thousand parameters). With ``--bpe N`` it is a byte-level BPE of N tokens trained on ``--data``, and the model is small
+(1.4 million parameters).
 """
 
 import argparse
@@ -37,7 +38,7 @@ SMALL = {
 
 
 def word_tokenizer(texts: Iterator[str]) -> Any:
-    """A ``tokenizers.Tokenizer`` of the words in ``texts``; digits stand apart, and come back as one number when decoded."""
+    """A ``tokenizers.Tokenizer`` of the words in ``texts``. Each digit is a token; decoding joins them to numbers."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)])
@@ -58,7 +59,7 @@ def word_tokenizer(texts: Iterator[str]) -> Any:
 
 
 def bpe_tokenizer(texts: Iterator[str], size: int) -> Any:
-    """A byte-level BPE ``tokenizers.Tokenizer`` of ``size`` tokens (fewer if the texts are too few); digits stand apart."""
+    """A byte-level BPE ``tokenizers.Tokenizer`` of ``size`` tokens, fewer for a short text; each digit is a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -75,7 +76,7 @@ def bpe_tokenizer(texts: Iterator[str], size: int) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, directory: Path, *, positions: int) -> tuple[int, int, int]:
-    """Writes the tokenizer as transformers reads it; returns its size and the ids of pad and end."""
+    """Writes the tokenizer for transformers; returns its size and the ids of the pad and end tokens."""
     from transformers import PreTrainedTokenizerFast
 
     unknown = {"unk_token": UNKNOWN} if tokenizer.token_to_id(UNKNOWN) is not None else {}
@@ -92,7 +93,7 @@ def save_tokenizer(tokenizer: Any, directory: Path, *, positions: int) -> tuple[
 
 
 def save_model(directory: Path, settings: dict[str, int], *, vocabulary: int, pad: int, eos: int, seed: int) -> int:
-    """Writes an untrained Llama with tied embeddings; returns how many parameters it has."""
+    """Writes an untrained Llama with tied embeddings; returns its number of parameters."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -106,7 +107,7 @@ def save_model(directory: Path, settings: dict[str, int], *, vocabulary: int, pa
 
 
 def texts(samples: Sequence[Sample], template: str) -> Iterator[str]:
-    """What the tokenizer is made from; ``template`` is written around the prompts, so that it takes few tokens."""
+    """The texts that train the tokenizer. ``template`` is put around the prompts, so that it takes few tokens."""
     for sample in samples:
         yield template.format(prompt=sample.prompt if sample.system is None else f"{sample.system}\n\n{sample.prompt}")
         yield sample.answer

@@ -1,9 +1,9 @@
 """Writes the quickstart's word problems: two-step arithmetic in words, with careful answers and careless ones.
 
-``sft_pool.jsonl`` teaches both habits, ``spin.jsonl`` is a part of it with fewer careless answers, ``test.jsonl`` holds other problems, all
-answered carefully, and ``mix.jsonl`` yet others, answered as those of ``spin.jsonl`` are; their rows have ``prompt``, ``response`` and
-``careless``. ``preferences.jsonl`` has the prompts of ``spin.jsonl`` with ``chosen``, a careful answer, and ``rejected``, a careless one. The same
-seed writes the same bytes.
+``sft_pool.jsonl`` teaches both habits, ``spin.jsonl`` is a part of it with fewer careless answers, ``test.jsonl`` has
+other problems, all answered carefully, and ``mix.jsonl`` yet others, with as many careless answers as ``spin.jsonl``.
+Their rows have ``prompt``, ``response`` and ``careless``. ``preferences.jsonl`` has the prompts of ``spin.jsonl`` with
+``chosen``, a careful answer, and ``rejected``, a careless one. The same seed writes the same bytes.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Problem:
     prompt: str
     start: int
     changes: tuple[int, int]
-    """What the steps add (or, if negative, take away)."""
+    """What the steps add; negative if they take away."""
 
     @property
     def result(self) -> int:
@@ -62,7 +62,7 @@ class Problem:
 
 
 def problems(generator: random.Random) -> Iterator[Problem]:
-    """Problems without end, each prompt once."""
+    """Yields problems without end, each prompt once."""
     seen: set[str] = set()
     while True:
         problem = _problem(generator)
@@ -86,7 +86,7 @@ def _problem(generator: random.Random) -> Problem:
 
 
 def careful(problem: Problem) -> str:
-    """Both steps, worked out."""
+    """An answer with both steps worked out."""
     first, second = problem.changes
     middle = problem.start + first
     return (

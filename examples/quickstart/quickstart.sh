@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Self-play from nothing on this machine, CPU or one GPU: data, a model, SFT, two iterations of SPIN, a table and a plot.
-# Start it again at any time: what is done is skipped. `make quickstart` calls it.
+# Self-play from scratch on this machine, CPU or one GPU: data, a model, SFT, two iterations of SPIN, a table, a plot.
+# The same command resumes: what is done is skipped. `make quickstart` calls it.
 set -euo pipefail
 
 usage() {
@@ -8,8 +8,9 @@ usage() {
 usage: examples/quickstart/quickstart.sh [DATA=FILE [EVAL=FILE]] [OUT=DIR] [ENGINE=vllm|hf] [SEED=N]
 
 Without DATA: word problems, a Llama of 90 thousand parameters; at most 12 minutes on two cores.
-With DATA:    your own SFT file (JSONL, JSON or Parquet; prompt/response, instruction/input/output, question/answer or messages), a byte-level
-              BPE of 4,096 tokens and a Llama of 1.4 million parameters; at most 20 minutes on two cores.
+With DATA:    your own SFT file (JSONL, JSON or Parquet; prompt/response, instruction/input/output, question/answer or
+              messages), a byte-level BPE of 4,096 tokens and a Llama of 1.4 million parameters; at most 20 minutes on
+              two cores.
 
   DATA=FILE     SFT data of your own
   EVAL=FILE     held-out data in the same format (default: 10% of DATA, by prompt)
@@ -17,11 +18,11 @@ With DATA:    your own SFT file (JSONL, JSON or Parquet; prompt/response, instru
   ENGINE=NAME   what generates: vllm (default), or hf for transformers
   SEED=N        seed of the problems and of the untrained model (default: 7)
 
-environment: PYTHON (interpreter, default .venv/bin/python of this repository), OMP_NUM_THREADS (threads a process)
+environment: PYTHON (interpreter, default .venv/bin/python of this repository), OMP_NUM_THREADS (threads per process)
 TEXT
 }
 
-# ---------------------------------------------------------------------------------------------------------------- arguments
+# ---- arguments
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 script=examples/quickstart/quickstart.sh
@@ -43,7 +44,7 @@ fi
 find_python
 began=$SECONDS
 
-# ------------------------------------------------------------------------------------------------------------------- stages
+# ---- stages
 
 stage() { # NUMBER TITLE
   printf '\n== %s. %s (%d:%02d since the start)\n' "$1" "$2" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60))
@@ -55,7 +56,8 @@ spin() { # CONFIG RUN_DIR [ARGUMENT...]
   "$repository/tools/spin.sh" "$here/$config" --run-dir "$run_dir" "$@"
 }
 
-# One GPU holds the model whole. On a CPU two processes share each layer's matrices (tensor parallel size 2), which shows how a model is spread.
+# One GPU holds the whole model. On a CPU two processes share each layer's matrices (tensor parallel size 2), to show
+# how a model is split.
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   machine='one GPU' size=1
 else
@@ -64,8 +66,9 @@ fi
 cat <<TEXT
 Megatron-SPIN quickstart on $machine, everything into $OUT
 
-A model is fine-tuned on SFT data. Then it plays against itself: its own answers stand beside the real ones, and it learns to prefer the real
-ones more than the model that gave those answers (its opponent) does. No new labels come in.
+A model is fine-tuned on SFT data. Then it plays against itself: its own answers are paired with the real ones, and it
+learns to prefer the real ones more than its opponent does, which is the model that gave those answers. No new labels
+are needed.
 TEXT
 
 sft_settings=() spin_settings=("parallel.tensor_model_parallel_size=$size")
@@ -101,6 +104,6 @@ stage 4 'self-play: the SFT model is the first opponent, each policy the next on
 [[ $size == 2 ]] || spin_settings+=('parallel.nproc_per_node=1')
 spin "${configs[1]}" "$OUT/spin" "model.hf=$OUT/sft/iteration_0/hf" "generation.engine=$ENGINE" "${spin_settings[@]}"
 
-stage 5 'what came of it'
+stage 5 'results'
 "$python" "$repository/tools/report.py" "$OUT/spin"
-printf '\nall of it took %d:%02d\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60))
+printf '\ntotal time %d:%02d\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60))

