@@ -23,10 +23,10 @@ def gather_objects(value: T, dims: ParallelDims, group: dist.ProcessGroup | None
 
 @contextlib.contextmanager
 def raised_everywhere(dims: ParallelDims) -> Iterator[None]:
-    """Lets an error of one rank be raised by all, at the end of the block: no rank goes on into a collective that never ends.
+    """Raises an error of one rank on all ranks, at the end of the block: no rank enters a collective that never ends.
 
-    The block must hold no collective. Of several errors the lowest rank's is raised. Only expected errors count: those of
-    :mod:`megatron_spin.errors` and OSError; a defect ends its rank at once.
+    The block must hold no collective. Of several errors the lowest rank's is raised. Only expected errors count: those
+    of :mod:`megatron_spin.errors` and OSError; a defect ends its rank at once.
     """
     error: SpinError | OSError | None = None
     try:

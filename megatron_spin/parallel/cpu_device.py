@@ -1,9 +1,9 @@
 """Megatron-Core on a CPU with gloo: the one file that knows Megatron's hard-coded CUDA calls.
 
-:func:`install` replaces, for the whole process, the few ``torch.cuda`` functions that Megatron calls, and must run before ``megatron.core``
-is imported, since names are bound there at import. :func:`megatron_region` covers what can only be covered around Megatron's own work
-(``device="cuda"`` keywords, comparisons with CUDA tensor types): it taxes every operation, so it stands around build, schedule, step and
-checkpoint only. On CUDA neither changes anything.
+:func:`install` replaces, for the whole process, the few ``torch.cuda`` functions that Megatron calls, and must run
+before ``megatron.core`` is imported, since names are bound there at import. :func:`megatron_region` covers what can
+only be covered around Megatron's own work (``device="cuda"`` keywords, comparisons with CUDA tensor types). It slows
+every operation down, so it is used around build, schedule, step and checkpoint only. On CUDA neither changes anything.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from megatron_spin.errors import DeviceError
 TESTED = SpecifierSet(">=0.16.1,<0.20", prereleases=True)
 """Versions of megatron-core with which the replaced calls were checked."""
 GPU_ONLY = ("transformer_engine", "apex")
-"""Packages of CUDA kernels: where one is installed, Megatron prefers its optimizers and norms and fails on CPU tensors."""
+"""Packages of CUDA kernels: if one is installed, Megatron prefers its optimizers and norms and fails on CPU tensors."""
 
 _installed = False
 
@@ -42,7 +42,7 @@ def check_version() -> str:
 
 
 def refuse_untested(version: str) -> None:
-    """Raises :class:`DeviceError` for a megatron-core version outside :data:`TESTED` (0.20's pre-releases are outside)."""
+    """Raises :class:`DeviceError` for a megatron-core version outside :data:`TESTED`; 0.20's pre-releases are outside."""
     if version not in TESTED:
         raise DeviceError(
             f"megatron-core {version} is outside the tested range >=0.16.1,<0.20: install a version within it"
@@ -50,7 +50,7 @@ def refuse_untested(version: str) -> None:
 
 
 def install() -> None:
-    """Makes this process a CPU one, for good; calling it again changes nothing.
+    """Makes this process a CPU one, permanently; calling it again changes nothing.
 
     Raises:
         DeviceError: ``megatron.core`` is already imported without it, or its version was not tested.
@@ -66,7 +66,7 @@ def install() -> None:
     for name, replacement in _CUDA_FUNCTIONS.items():
         setattr(torch.cuda, name, replacement)
     for name in GPU_ONLY:
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type] # an import of it now says that there is none
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type] # importing it now raises ImportError
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     _import_megatron_without_compiling()
     from megatron.core.tensor_parallel import random
@@ -78,7 +78,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def megatron_region() -> Iterator[None]:
-    """Stands around every call into Megatron that may create tensors or look at their types; free on CUDA."""
+    """Wraps every call into Megatron that may create tensors or look at their types; costs nothing on CUDA."""
     if not _installed:
         yield
         return
@@ -87,7 +87,7 @@ def megatron_region() -> Iterator[None]:
 
 
 class _CpuForCuda(TorchFunctionMode):
-    """Maps ``cuda`` devices to the CPU, drops pinning, and lets CPU tensors pass for CUDA ones where Megatron compares type names."""
+    """Maps ``cuda`` devices to the CPU, drops pinning, and reports CPU tensors as CUDA ones if asked for a type name."""
 
     def __torch_function__(
         self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -114,7 +114,10 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _Stream:
-    """A CPU has one stream and it is always in order. A class, not a function: others write ``torch.cuda.Stream | None``."""
+    """A CPU has one stream and it is always in order.
+
+    A class, not a function, since other code writes ``torch.cuda.Stream | None``.
+    """
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -123,7 +126,7 @@ class _Stream:
     def synchronize(self) -> None: ...
 
 
-# A function object each: torch._dynamo keeps a table by object, in which these names have different rules.
+# One function object per name: torch._dynamo keeps a table by object, in which these names have different rules.
 _CUDA_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "current_device": lambda: "cpu",
     "set_device": lambda *_: None,
@@ -140,7 +143,10 @@ _CUDA_FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def _import_megatron_without_compiling() -> None:
-    """Megatron's ``jit_fuser`` is ``torch.compile``, bound at import: on a CPU it costs a compiler run a function and changes rounding."""
+    """Imports Megatron's layers without ``torch.compile``, to which ``jit_fuser`` is bound at import.
+
+    On a CPU it costs a compiler run per function and changes rounding.
+    """
     compile_function = torch.compile
 
     def as_it_is(function: Any = None, **_: Any) -> Any:
@@ -149,9 +155,8 @@ def _import_megatron_without_compiling() -> None:
     torch.compile = as_it_is  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # a dozen times: Transformer Engine and Apex are not installed; announce() says it once
+            # Megatron warns a dozen times that Transformer Engine and Apex are not installed; announce() says it once.
+            warnings.simplefilter("ignore")
             import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
     finally:
         torch.compile = compile_function
