@@ -42,7 +42,7 @@ def check_version() -> str:
 
 
 def refuse_untested(version: str) -> None:
-    """Raises :class:`DeviceError` for a megatron-core version outside :data:`TESTED`; 0.20's pre-releases are outside."""
+    """Raises :class:`DeviceError` for a megatron-core version outside :data:`TESTED`, as 0.20's pre-releases are."""
     if version not in TESTED:
         raise DeviceError(
             f"megatron-core {version} is outside the tested range >=0.16.1,<0.20: install a version within it"
@@ -78,7 +78,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def megatron_region() -> Iterator[None]:
-    """Wraps every call into Megatron that may create tensors or look at their types; costs nothing on CUDA."""
+    """Wraps each call into Megatron that may create tensors or look at their types; costs nothing on CUDA."""
     if not _installed:
         yield
         return
@@ -87,7 +87,7 @@ def megatron_region() -> Iterator[None]:
 
 
 class _CpuForCuda(TorchFunctionMode):
-    """Maps ``cuda`` devices to the CPU, drops pinning, and reports CPU tensors as CUDA ones if asked for a type name."""
+    """Maps ``cuda`` devices to the CPU, drops pinning, and names the types of CPU tensors as those of CUDA ones."""
 
     def __torch_function__(
         self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
