@@ -14,7 +14,6 @@ from megatron_spin.config.loading import from_dict, load_config, to_yaml
 from megatron_spin.config.model import ModelConfig
 from megatron_spin.config.parallel import ParallelConfig
 from megatron_spin.config.precision import PrecisionConfig
-from megatron_spin.config.resume import changes_forbidden
 from megatron_spin.config.spin import SpinConfig
 from megatron_spin.config.training import BaselineConfig, TrainingConfig
 from megatron_spin.config.values import PerIteration, at_iteration
@@ -35,7 +34,6 @@ __all__ = [
     "TrainingConfig",
     "Truncated",
     "at_iteration",
-    "changes_forbidden",
     "from_dict",
     "has_evaluation",
     "load_config",

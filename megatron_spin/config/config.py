@@ -38,6 +38,16 @@ class Config:
     guards: GuardsConfig = dataclasses.field(default_factory=GuardsConfig)
 
     @property
+    def data_files(self) -> dict[str, str]:
+        """Paths of all data files, by the key that names each."""
+        files = {"data.path": self.data.path}
+        if self.evaluation.path is not None:
+            files["evaluation.path"] = self.evaluation.path
+        for name, path in self.evaluation.likelihood.items():
+            files[f"evaluation.likelihood.{name}"] = path
+        return files
+
+    @property
     def held_out_cap(self) -> int:
         """Longest held-out answer, real or generated, in tokens: one for all models, so that they can be compared."""
         return self.evaluation.max_new_tokens or at_iteration(self.generation.max_new_tokens, 0)

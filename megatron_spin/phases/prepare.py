@@ -24,7 +24,7 @@ from megatron_spin.data.templates import (
     tokenizer_sha,
 )
 from megatron_spin.errors import CheckpointError, ConfigError, DataError
-from megatron_spin.io import write_json
+from megatron_spin.io import sha256, write_json
 from megatron_spin.spin.objective import objective_class
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def prepare(config: Config) -> Prepared:
         "end_token": tokenizer.convert_ids_to_tokens(limits.end),
         "end_token_id": limits.end,
         "tokenizer": tokenizer_sha(hf),
+        "files": {key: sha256(Path(file)) for key, file in config.data_files.items()},
         "identity": hash_rows(drawn),
         "eval_identity": hash_rows(evaluated),
         "likelihood": {name: {"identity": hash_rows(rows), "kept": len(rows)} for name, rows in likelihood.items()},

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spin import machine
-from megatron_spin.config import Config, changes_forbidden, to_yaml
-from megatron_spin.errors import RunDirError
+from megatron_spin.config import Config, to_yaml
 from megatron_spin.io import atomic_writer, read_json, write_json
+from megatron_spin.run.resume import check_resume, record_changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,21 +109,17 @@ class RunDir:
         return self.base if iteration == 0 else self.target(iteration=iteration - 1).checkpoints
 
     def open(self, config: Config) -> None:
-        """Creates the run directory, or checks that it belongs to this configuration and takes over what may change on resume.
+        """Creates the run directory, or checks that ``config`` does not contradict it, and records what changed.
 
         Raises:
-            RunDirError: the directory holds a run whose results another configuration would contradict.
+            RunDirError: ``config`` contradicts what is in the directory.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
         text = to_yaml(config)
-        if self.config.exists():
-            if self.config.read_text() == text:
-                return
-            differing = changes_forbidden(self.config, config)
-            if differing:
-                raise RunDirError(
-                    f"{self.root} belongs to a run with other values of {', '.join(differing)}: restore them or choose another --run-dir"
-                )
+        if self.config.exists() and self.config.read_text() == text:
+            return
+        changes = check_resume(self, config)
+        self.root.mkdir(parents=True, exist_ok=True)
+        record_changes(self, changes)
         with atomic_writer(self.config) as file:
             file.write(text)
 

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_spin.config import Config, Engine, at_iteration, changes_forbidden
+from megatron_spin.config import Config, Engine, at_iteration
 from megatron_spin.errors import CheckpointError, ConfigError, DataError, RunDirError
 from megatron_spin.io import read_json
 from megatron_spin.phases.guard import played
 from megatron_spin.run.plan import Plan, Step, gpu_count, processes
+from megatron_spin.run.resume import check_resume
 
 CHECKPOINT_BYTES = 18
 """Bytes a parameter that one trained model takes: fp32 weights, two fp32 moments, fp32 or bf16 model weights, and the export."""
@@ -28,7 +29,7 @@ def check(plan: Plan, steps: Sequence[Step]) -> None:
     if not todo:
         return
     config, root = plan.config, plan.run_dir.root
-    _check_run_dir(plan)
+    check_resume(plan.run_dir, config)
     _check_baselines(plan)
     _check_model(Path(config.model.hf))
     if "prepare" in todo:
@@ -38,19 +39,6 @@ def check(plan: Plan, steps: Sequence[Step]) -> None:
     _check_engines(config, [phase for phase in todo if phase.startswith(("generate:", "evaluate:"))])
     models = sum(phase == "import" or phase.startswith("train:") for phase in todo)
     _check_disk(root, Path(config.model.hf), models)
-
-
-def _check_run_dir(plan: Plan) -> None:
-    run_dir = plan.run_dir
-    if run_dir.root.exists() and not run_dir.root.is_dir():
-        raise RunDirError(f"{run_dir.root} is not a directory: choose another --run-dir")
-    if not run_dir.config.exists():
-        return
-    differing = changes_forbidden(run_dir.config, plan.config)
-    if differing:
-        raise RunDirError(
-            f"{run_dir.root} belongs to a run with other values of {', '.join(differing)}: restore them or choose another --run-dir"
-        )
 
 
 def _check_baselines(plan: Plan) -> None:
@@ -78,9 +66,8 @@ def _check_model(hf: Path) -> None:
 
 
 def _check_data(config: Config) -> None:
-    more = {f"evaluation.likelihood.{name}": path for name, path in config.evaluation.likelihood.items()}
-    for key, path in {"data.path": config.data.path, "evaluation.path": config.evaluation.path, **more}.items():
-        if path is not None and not Path(path).exists():
+    for key, path in config.data_files.items():
+        if not Path(path).exists():
             raise DataError(f"{key}={path} does not exist: give a JSONL, JSON or Parquet file of SFT data")
 
 

@@ -125,6 +125,12 @@ def test_a_checkpoint_of_another_training_is_not_gone_on_with(fresh):
     del state["phases"]["train:sft_continued"]
     (run / "state.json").write_text(json.dumps(state))
     result = run_tool("train.py", *arguments, "baselines.sft_continued.steps=6", check=False)
+    assert result.returncode == 2 and "other values of baselines.sft_continued.steps" in one_line(result)
+    # Even if the run's configuration says nothing of the change, the checkpoint does.
+    text = (run / "config.yaml").read_text()
+    assert "    steps: 4\n" in text
+    (run / "config.yaml").write_text(text.replace("    steps: 4\n", "    steps: 6\n"))
+    result = run_tool("train.py", *arguments, "baselines.sft_continued.steps=6", check=False)
     assert result.returncode == 2 and "was trained with total 4, but now it is 6" in one_line(result)
     assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "2"
 
@@ -225,7 +231,8 @@ def test_metadata_that_names_a_foreign_function_is_refused(fresh):
         (["parallel.tensor_model_parallel_size=3", "model.make_vocab_size_divisible_by=1"], "3"),
         (["training.optimizer={optimizer: lion}"], "lion"),
         (["training.optimizer={optimizer: rmsprop, sgd_momentum: 0.9}"], "sgd_momentum=0.9 does not apply to rmsprop"),
-        (["spin.beta=0.9"], "spin.beta"),
+        (["data.seed=9"], "other values of data.seed"),
+        (["generation.temperature=0.9"], "other values of generation.temperature"),
     ],
 )
 def test_bad_settings_are_one_line_and_change_nothing(fresh, overrides, message):

@@ -248,6 +248,8 @@ def test_preflight_refuses_baselines_with_the_steps_of_fewer_iterations(raw: dic
 def test_preflight_refuses_a_run_of_another_configuration(raw: dict[str, Any], tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")
     run_dir.open(from_dict(raw))
+    run_dir.mark_done("prepare", seconds=1.0)
+    (run_dir.target(iteration=0).checkpoints / "iter_0000001").mkdir(parents=True)
     changed = from_dict(raw | {"spin": {"iterations": 3, "beta": 0.7}})
     plan = plan_of(changed, run_dir.root)
     with pytest.raises(RunDirError, match=r"other values of spin\.beta:"):
