@@ -1,5 +1,7 @@
 """From YAML and overrides to a configuration, and back."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_spin.config import BaselineConfig, load_config, to_yaml
@@ -18,12 +20,12 @@ def test_defaults() -> None:
     assert config.data.prompt_limit == 1024
 
 
-def test_exponents_without_a_dot_are_numbers(tmp_path) -> None:
+def test_exponents_without_a_dot_are_numbers(tmp_path: Path) -> None:
     path = write_yaml(tmp_path, "name: a\nmodel: {hf: m}\ndata: {path: d}\ntraining: {learning_rate: [5e-7, 1E-6]}\n")
     assert load_config(path).training.learning_rate == [5e-7, 1e-6]
 
 
-def test_overrides(tmp_path) -> None:
+def test_overrides(tmp_path: Path) -> None:
     path = write_yaml(tmp_path, {**MINIMAL, "spin": {"beta": 0.1}})
     overrides = [
         "spin.beta=[0.2, 5e-1]",
@@ -51,7 +53,7 @@ def test_overrides(tmp_path) -> None:
         ("spin.beta=[", "override"),
     ],
 )
-def test_bad_overrides(tmp_path, override, message) -> None:
+def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write_yaml(tmp_path, MINIMAL), [override])
     assert message in str(caught.value)
@@ -60,7 +62,7 @@ def test_bad_overrides(tmp_path, override, message) -> None:
 @pytest.mark.parametrize(
     ("text", "message"), [("a: [", "is not YAML"), ("- 1\n", "holds no mapping"), ("", "holds no mapping")]
 )
-def test_bad_files(tmp_path, text, message) -> None:
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write_yaml(tmp_path, text))
     with pytest.raises(ConfigError, match="does not exist"):
@@ -69,7 +71,7 @@ def test_bad_files(tmp_path, text, message) -> None:
         load_config(tmp_path)
 
 
-def test_yaml_round_trip(tmp_path) -> None:
+def test_yaml_round_trip(tmp_path: Path) -> None:
     config = build(
         spin={"beta": [0.1, 5.0], "iterations": 2},
         training={"learning_rate": 5e-7, "steps": [None, 3], "optimizer": {"adam_beta2": 0.95}},

@@ -30,12 +30,12 @@ def refused(**sections: Any) -> str:
         ({"baselines": {"more": {"step": 3}}}, "did you mean baselines.more.steps?"),
     ],
 )
-def test_unknown_keys_name_the_nearest(sections, message) -> None:
+def test_unknown_keys_name_the_nearest(sections: dict[str, Any], message: str) -> None:
     assert message in refused(**sections)
 
 
 @pytest.mark.parametrize(("missing", "key"), [("name", "name"), ("model", "model"), ("data", "data")])
-def test_missing_sections(missing, key) -> None:
+def test_missing_sections(missing: str, key: str) -> None:
     with pytest.raises(ConfigError, match=f"config key {key} is missing"):
         from_dict({name: value for name, value in MINIMAL.items() if name != missing})
 
@@ -60,7 +60,7 @@ def test_missing_key_within_a_section() -> None:
         ({"baselines": {"more": {"steps": "some"}}}, "baselines.more.steps"),
     ],
 )
-def test_wrong_types_name_the_key_and_the_value(sections, message) -> None:
+def test_wrong_types_name_the_key_and_the_value(sections: dict[str, Any], message: str) -> None:
     assert message in refused(**sections)
 
 

@@ -43,5 +43,5 @@ def refused(**sections: Any) -> str:
         ({"baselines": {"a/b": {}}}, "baselines.a/b"),
     ],
 )
-def test_values_out_of_range(sections, message) -> None:
+def test_values_out_of_range(sections: dict[str, Any], message: str) -> None:
     assert message in refused(**sections)
