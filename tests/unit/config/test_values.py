@@ -4,13 +4,14 @@ import math
 
 import pytest
 
-from megatron_spin.config import at_iteration
+from megatron_spin.config import PerIteration, at_iteration
 from megatron_spin.config.values import NotNegative, Positive, Range, Share
 
 
 def test_values_by_iteration() -> None:
-    assert [at_iteration([1, 2], t) for t in range(4)] == [1, 2, 2, 2]
-    assert at_iteration(3, 5) == 3
+    settings: list[PerIteration[int]] = [[1, 2], 3]
+    assert [at_iteration(settings[0], t) for t in range(4)] == [1, 2, 2, 2]
+    assert at_iteration(settings[1], 5) == 3
 
 
 @pytest.mark.parametrize(
