@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 def config_parser(description: str) -> argparse.ArgumentParser:
     """The arguments of a phase: ``CONFIG --run-dir DIR [key=value ...]``."""
     parser = Parser(description=description)
-    parser.add_argument("config", metavar="CONFIG", help="YAML file; megatron_spin/config/ lists the keys")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file; docs/configuration.md lists the keys")
     parser.add_argument("--run-dir", type=Path, help="run directory (default: runs/NAME, NAME from the config)")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="overrides with dots, for example spin.beta=0.2"

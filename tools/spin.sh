@@ -10,7 +10,7 @@ Runs self-play fine-tuning: prepare, import, then for each iteration T generate:
 baselines (with training.objective=dpo one iteration without generate:0, with sft without guard:0, too).
 A phase that is done is skipped, so the same command continues a run that was stopped or killed.
 
-  CONFIG.yaml       the configuration, see examples/configs/; megatron_spin/config/ lists its keys
+  CONFIG.yaml       the configuration, see examples/configs/; docs/configuration.md lists its keys
   --run-dir DIR     where everything goes (default: runs/NAME, NAME from the configuration)
   --dry-run         check everything, print the plan, start nothing
   --until PHASE:T   stop after this phase, for example --until train:0

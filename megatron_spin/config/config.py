@@ -17,7 +17,7 @@ from megatron_spin.config.values import at_iteration
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run."""
+    """One run of self-play, DPO or SFT."""
 
     name: str
     """Name of the run; the run directory is ``runs/NAME`` unless ``--run-dir`` names another."""

@@ -18,7 +18,9 @@ class GenerationConfig:
     engine: PerIteration[Engine] = "vllm"
     """``vllm``, or ``hf`` for transformers' generate, which is faster for tiny models on a CPU."""
     temperature: Annotated[PerIteration[float], Temperature] = 1.0
+    """Sampling temperature; 1.0 samples from the opponent itself, which is the method."""
     top_p: Annotated[PerIteration[float], Range(low=0, high=1, above_low=True)] = 1.0
+    """Nucleus sampling: only the most probable tokens with this total probability are drawn from; 1.0: all."""
     max_new_tokens: Annotated[PerIteration[int], Positive] = 1024
     """Longest generated answer, and the cap of real answers, in tokens; the end token counts."""
     samples: Annotated[PerIteration[int], Positive] = 1

@@ -1,8 +1,8 @@
 """What may change when a run is continued: every setting that nothing made so far depends on. Pure.
 
 :data:`USES` says for each key which phases depend on it. A phase is *made* once it is done, or has left something that
-the same phase would take up when it is continued: a shard, a checkpoint. A key that is not in the table counts as used by
-every phase.
+the same phase would take up when it is continued: a shard, a checkpoint. A key that is not in the table counts as used
+by every phase.
 """
 
 import dataclasses
@@ -12,6 +12,14 @@ from typing import Any
 from megatron_spin.config.config import Config
 from megatron_spin.config.parsing import flatten
 from megatron_spin.config.values import at_iteration
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a phase takes of the values of a per-iteration setting."""
+
+    name: str
+    take: Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +38,14 @@ class Use:
     """It decides the number of steps: a baseline of ``same_steps`` or ``same_sequences`` depends on every iteration."""
     own_baseline: bool = False
     """The second word of the key is a baseline, whose phases alone depend on it."""
-    part: Callable[[Any], Any] | None = None
-    """What the phases take of the value; None: all."""
+    part: Part | None = None
+    """What the phases take of the value; None: all of it."""
     content: bool = False
     """It names a file or directory, of which the phases depend on the content and not on the name."""
 
 
-def _longest(value: Any) -> Any:
-    return max(value) if isinstance(value, list) else value
-
-
-def _first(value: Any) -> Any:
-    return at_iteration(value, 0)
-
+LONGEST = Part("the longest", lambda value: max(value) if isinstance(value, list) else value)
+FIRST = Part("iteration 0", lambda value: at_iteration(value, 0))
 
 USES = (
     # No result depends on these.
@@ -82,8 +85,8 @@ USES = (
     Use("generation.temperature", ("generate",), by_iteration=True),
     Use("generation.top_p", ("generate",), by_iteration=True),
     Use("generation.max_new_tokens", ("generate",), by_iteration=True),
-    Use("generation.max_new_tokens", ("prepare",), part=_longest),  # cuts the real answers
-    Use("generation.max_new_tokens", ("prepare",), part=_first),  # cuts the held-out ones
+    Use("generation.max_new_tokens", ("prepare",), part=LONGEST),  # cuts the real answers
+    Use("generation.max_new_tokens", ("prepare",), part=FIRST),  # cuts the held-out ones
     Use("generation.samples", ("generate",), by_iteration=True),
     Use("generation.truncated", ("generate",), by_iteration=True),
     Use("generation.shard_size", ("generate",), by_iteration=True),
@@ -191,5 +194,5 @@ def _iterations(use: Use, label: str, config: Config) -> Iterable[int]:
 
 def _value(use: Use, value: Any, iteration: int) -> Any:
     if use.part is not None:
-        return use.part(value)
+        return use.part.take(value)
     return at_iteration(value, iteration) if use.by_iteration else value
