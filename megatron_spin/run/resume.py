@@ -1,4 +1,4 @@
-"""Whether a run may be continued with a configuration: what was made so far, and what contradicts it. No torch at import."""
+"""Whether a run may be continued with a configuration: what was made so far, and what contradicts it."""
 
 import datetime
 import json
@@ -36,8 +36,8 @@ def check_resume(run_dir: "RunDir", config: Config) -> list[Change]:
             refused[change.key] = reason
     if refused:
         raise RunDirError(
-            f"{run_dir.root} belongs to a run with other values of {', '.join(refused)}: restore them or choose another "
-            f"--run-dir ({'; '.join(refused.values())})"
+            f"{run_dir.root} belongs to a run with other values of {', '.join(refused)}: restore them or choose "
+            f"another --run-dir ({'; '.join(refused.values())})"
         )
     return found
 
@@ -107,7 +107,7 @@ def _other_file(run_dir: "RunDir", key: str, path: Path) -> str | None:
 def _other_model(run_dir: "RunDir", old: Config, path: Path) -> str | None:
     """Why ``path`` is not the model that the run began with, or None."""
     from megatron_spin.data.templates import tokenizer_sha
-    from megatron_spin.hf.identity import identity
+    from megatron_spin.hf.identity import has_identity
 
     if not (path / "config.json").is_file():
         return f"model.hf={path} holds no config.json"
@@ -118,7 +118,7 @@ def _other_model(run_dir: "RunDir", old: Config, path: Path) -> str | None:
         return None
     # Weights that agree in fp32 agree in bf16, so that one hash is enough.
     dtype = "fp32" if "fp32" in known else "bf16"
-    if identity(path, dtype) != known[dtype]:
+    if not has_identity(path, dtype, known[dtype]):
         return f"model.hf={path} holds other weights than the model that the run began with"
     return None
 

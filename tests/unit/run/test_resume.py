@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_spin.config import Config, from_dict, load_config, to_yaml
+from megatron_spin.conversion.identity import identity
 from megatron_spin.data.templates import tokenizer_sha
 from megatron_spin.errors import RunDirError
-from megatron_spin.hf.identity import identity
 from megatron_spin.io import sha256, write_json
 from megatron_spin.run.directory import RunDir
 from megatron_spin.run.plan import Plan
