@@ -41,7 +41,7 @@ def optimizer_config(config: Config, *, learning_rate: float) -> OptimizerConfig
     given = dict(config.training.optimizer)
     if given["optimizer"] not in OPTIMIZERS:
         raise ConfigError(
-            f"training.optimizer.optimizer={given['optimizer']!r} is unknown: choose one of {', '.join(OPTIMIZERS)}"
+            f"training.optimizer.optimizer={given['optimizer']!r} is not there: choose one of {', '.join(OPTIMIZERS)}"
         )
     if given["optimizer"] == "rmsprop":
         for name in rmsprop.REFUSED:
