@@ -25,12 +25,13 @@ def test_files_named_in_the_text_exist(page: str) -> None:
 
 
 def file_tree() -> list[str]:
-    """Paths of the README's file tree, by its indentation."""
-    block = README.split("## The file tree")[1].split("##")[0]
+    """Paths of the file tree in CONTRIBUTING.md, by its indentation."""
+    tour = (REPOSITORY / "CONTRIBUTING.md").read_text().split("## A tour of the tree")[1].split("\n## ")[0]
+    block = tour.split("```")[1]
     parents: dict[int, str] = {}
     paths = []
     for line in block.splitlines():
-        match = re.match(r"^( {4,})(\S+)", line)
+        match = re.match(r"^( *)(\S+)", line)
         if match is None:
             continue
         depth = len(match.group(1))
