@@ -1,8 +1,8 @@
-# Everything runs in .venv, which `make setup` makes from requirements.lock; each target below that needs it calls it first.
-# Variables: PYTHON (the interpreter that .venv is made with). pip's own variables and configuration files are taken as they are.
+# Everything runs in .venv, which `make setup` makes from requirements.lock; each target that needs it calls it first.
+# Variables: PYTHON (the interpreter that .venv is made with). pip's variables and configuration files are respected.
 
 PYTHON ?= python3.11
-unexport PYTHON # the scripts take .venv's
+unexport PYTHON # the scripts use .venv's
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
@@ -21,22 +21,30 @@ help: ## what can be made
 setup: $(STAMP) ## .venv with everything, from requirements.lock (does nothing if it is up to date)
 	@cat $(STAMP)
 
-# Plain pins without dependency resolution: see the head of requirements.lock. A CUDA build of torch also wants NVIDIA's libraries, in the
-# versions its own metadata name; the CPU build wants nothing more, so that the last-but-one pip does nothing there.
+# Plain pins without dependency resolution: see the head of requirements.lock. A CUDA build of torch also needs NVIDIA's
+# libraries in the versions that its own metadata name; the second pip call installs them. For the CPU build it does
+# nothing.
 $(STAMP): requirements.lock setup.py pyproject.toml
-	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
-	  echo 'error: $(PYTHON) is not a Python 3.11, which requirements.lock is for: install it, or run make PYTHON=/path/to/python3.11' >&2; exit 2; }
-	@echo 'make setup: installs $(words $(shell grep -v "^\#" requirements.lock)) packages into $(VENV) with '"$$($(PYTHON) --version)"
-	@echo '  needs 3 GB of disk and 3 to 8 minutes with the CPU build of torch, 7 GB and 3 minutes more with the CUDA build; Linux x86-64, a package index'
+	@command -v $(PYTHON) >/dev/null && \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	  echo 'error: $(PYTHON) is not a Python 3.11, which requirements.lock is for:' \
+	    'install it, or run make PYTHON=/path/to/python3.11' >&2; exit 2; }
+	@echo 'make setup: installs $(words $(shell grep -v "^\#" requirements.lock)) packages into $(VENV)' \
+	  "with $$($(PYTHON) --version)"
+	@echo '  needs Linux x86-64 and a package index; 3 GB of disk and 3 to 8 minutes with the CPU build of torch,' \
+	  '7 GB and 3 minutes more with the CUDA build'
 	@echo '  log: $(LOG)'
 	@start=$$SECONDS; \
 	$(RUN) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
-	  echo 'error: $(PYTHON) cannot make a virtual environment: install its venv and ensurepip modules (python3.11-venv on Debian)' >&2; exit 2; }; \
+	  echo 'error: $(PYTHON) cannot make a virtual environment:' \
+	    'install its venv and ensurepip modules (python3.11-venv on Debian)' >&2; exit 2; }; \
 	{ $(RUN) -m pip install --no-deps -r requirements.lock && \
 	  $(RUN) -m pip install --constraint requirements.lock "$$(grep '^torch==' requirements.lock)" && \
 	  $(RUN) -m pip install --no-deps --no-build-isolation -e . ; } >$(LOG) 2>&1 || { \
-	  tail -n 15 $(LOG) >&2; echo 'error: pip failed (above; whole log in $(LOG)): mend the cause and run make setup again' >&2; exit 2; }; \
-	$(RUN) -c 'import torch; print(f"set-up: torch {torch.__version__}, the", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU", "build")' >$(STAMP).tmp; \
+	  tail -n 15 $(LOG) >&2; \
+	  echo 'error: pip failed (above; whole log in $(LOG)): fix the cause and run make setup again' >&2; exit 2; }; \
+	$(RUN) -c 'import torch; cuda = torch.version.cuda; \
+	  print(f"set-up: torch {torch.__version__}, the", f"CUDA {cuda}" if cuda else "CPU", "build")' >$(STAMP).tmp; \
 	mv $(STAMP).tmp $(STAMP); \
 	echo "make setup: done in $$((SECONDS - start)) s, $$(du -sh $(VENV) | cut -f1) in $(VENV)"
 
@@ -52,9 +60,10 @@ lint: setup ## ruff, mypy, import-linter, codespell and shellcheck over everythi
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(VENV)/bin/codespell
-	$(VENV)/bin/shellcheck .ci/run $$(find . -path './.*' -prune -o -path ./runs -prune -o \( -name '*.sh' -o -name '*.sbatch' \) -print)
+	$(VENV)/bin/shellcheck .ci/run \
+	  $$(find . -path './.*' -prune -o -path ./runs -prune -o \( -name '*.sh' -o -name '*.sbatch' \) -print)
 
-quickstart: setup ## self-play end to end on this machine; DATA=path.jsonl for your own SFT data [EVAL= OUT= ENGINE= SEED=]
+quickstart: setup ## self-play end to end on this machine; DATA=FILE for your own SFT data [EVAL= OUT= ENGINE= SEED=]
 	examples/quickstart/quickstart.sh $(foreach name,DATA EVAL OUT ENGINE SEED,$(if $($(name)),'$(name)=$($(name))'))
 
 clean: ## .venv and caches; runs/ stays
