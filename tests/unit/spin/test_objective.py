@@ -1,0 +1,142 @@
+"""How an objective is found, checked and given its parameters."""
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from megatron_spin.config import Config, from_dict
+from megatron_spin.config.training import OBJECTIVES as NAMES
+from megatron_spin.errors import ConfigError
+from megatron_spin.spin.objective import (
+    OBJECTIVES,
+    AnswerLogps,
+    Objective,
+    Outcome,
+    build_objective,
+    num_iterations,
+    objective_class,
+)
+from megatron_spin.spin.pairwise import Dpo, Spin
+from megatron_spin.spin.sft import Sft
+
+HERE = "tests.unit.spin.test_objective"
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Objective):
+    """A user's objective: ``beta`` has a key under ``spin``, ``mu`` and ``nu`` have none."""
+
+    label: ClassVar[str] = "OWN"
+    task: ClassVar[str] = "something new"
+    answers: ClassVar[tuple[str, ...]] = ("real", "generated", "initial")
+
+    mu: float
+    beta: float = 0.5
+    nu: int = 3
+
+    def __call__(self, logps: AnswerLogps) -> Outcome:
+        return Outcome(-self.mu * logps.policy[:, 0])
+
+
+class Unrelated:
+    """Not an objective."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NoReal(Own):
+    answers: ClassVar[tuple[str, ...]] = ("generated", "real")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unknown(Own):
+    answers: ClassVar[tuple[str, ...]] = ("real", "generated", "best")
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialWithoutGenerating(Own):
+    answers: ClassVar[tuple[str, ...]] = ("real", "initial")
+    generates: ClassVar[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratesForNothing(Own):
+    answers: ClassVar[tuple[str, ...]] = ("real", "initial")
+
+
+def config(objective: str = "spin", **spin: Any) -> Config:
+    return from_dict(
+        {
+            "name": "t",
+            "model": {"hf": "m"},
+            "data": {"path": "d"},
+            "training": {"objective": objective},
+            "spin": spin,
+        }
+    )
+
+
+def test_the_configuration_knows_the_same_names() -> None:
+    assert tuple(OBJECTIVES) == NAMES
+
+
+@pytest.mark.parametrize(("name", "kind"), [("spin", Spin), ("dpo", Dpo), ("sft", Sft)])
+def test_one_word_names(name: str, kind: type[Objective]) -> None:
+    assert objective_class(config(name)) is kind
+
+
+def test_what_the_built_in_ones_need() -> None:
+    assert [kind.compares() for kind in (Spin, Dpo, Sft)] == [True, True, False]
+    assert [kind.needs_reference for kind in (Spin, Dpo, Sft)] == [True, True, False]
+    assert [num_iterations(config(name, iterations=3)) for name in ("spin", "dpo", "sft")] == [3, 1, 1]
+    assert [kind.title(2) for kind in (Spin, Dpo, Sft)] == ["SPIN 2", "DPO", "SFT 2"]
+
+
+def test_parameters_of_each_iteration() -> None:
+    settings = config(beta=[0.1, 5.0], loss="hinge", sft_weight=[0.0, 0.2])
+    assert build_objective(settings, 0) == Spin(beta=0.1, loss="hinge")
+    assert build_objective(settings, 3) == Spin(beta=5.0, loss="hinge", sft_weight=0.2)
+
+
+def test_a_users_own_objective() -> None:
+    own = build_objective(config(f"{HERE}:Own", beta=0.2, parameters={"mu": [1.0, 2.0]}), 1)
+    assert own == Own(mu=2.0, beta=0.2, nu=3)
+    assert own(AnswerLogps(-torch.ones(1, 3), None, torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.bool))).loss == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        (f"{HERE}:Own", {"mu": 1.0, "muu": 2.0}, "spin.parameters.muu is not a parameter .* did you mean mu"),
+        (f"{HERE}:Own", {}, r"needs spin.parameters.mu: set it"),
+        (f"{HERE}:Unrelated", {}, "is not a subclass of megatron_spin.spin.objective.Objective"),
+        (f"{HERE}:Nothing", {}, "has no Nothing"),
+        ("no.such.module:Class", {}, "cannot be imported"),
+        (f"{HERE}:NoReal", {}, "has answers generated, real: the first must be real"),
+        (f"{HERE}:Unknown", {}, "the others may be generated and initial"),
+        (f"{HERE}:InitialWithoutGenerating", {}, "the others may be generated, each once"),
+        (f"{HERE}:GeneratesForNothing", {}, "its answers lack 'generated'"),
+    ],
+)
+def test_mistakes(name: str, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_objective(config(name, parameters=parameters), 0)
+
+
+def test_a_reference_free_objective_has_no_log_ratios() -> None:
+    ones = torch.ones(1, 2)
+    with pytest.raises(ValueError, match="needs a reference"):
+        AnswerLogps(ones, None, ones, ones > 2).log_ratios()
+
+
+def test_asking_an_objective_what_it_needs_takes_no_torch() -> None:
+    """The plan, the report and --help ask; torch costs seconds."""
+    code = (
+        "import sys; import megatron_spin.spin.pairwise, megatron_spin.spin.sft; "
+        "sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
