@@ -12,7 +12,7 @@ from tqdm import tqdm
 from megatron_spin.config import Config, Engine, at_iteration
 from megatron_spin.conversion.identity import identity
 from megatron_spin.data.rows import Row
-from megatron_spin.generation.engine import Completion, EngineSettings, answer_caps, open_session
+from megatron_spin.generation.engine import Completion, answer_caps, engine_settings, open_session
 from megatron_spin.io import atomic_writer
 from megatron_spin.run.directory import Target
 
@@ -61,16 +61,7 @@ def _generate(
     iteration = player.target.iteration or 0
     prompts = [row.prompt_ids for row in rows]
     caps = answer_caps(prompts, max_new_tokens=settings["max_new_tokens"], max_length=config.data.max_length)
-    engine = EngineSettings(
-        engine=settings["engine"],
-        hf_dir=player.hf,
-        dtype=settings["dtype"],
-        end_token_id=end_token_id,
-        max_length=config.data.max_length,
-        device=config.device,
-        batch_size=at_iteration(generation.batch_size, iteration),
-        vllm=at_iteration(generation.vllm, iteration),
-    )
+    engine = engine_settings(config, iteration, hf_dir=player.hf, end_token_id=end_token_id)
     bar = tqdm(
         total=len(prompts) * len(names), desc=f"answers of {player.target.label}", unit="prompt", dynamic_ncols=True
     )

@@ -1,4 +1,4 @@
-"""What generates: token ids in, token ids out. One interface over the engines, one engine start for many calls. No Megatron, no torch."""
+"""The interface of the generation engines: token ids in, token ids out. No Megatron, no torch."""
 
 import contextlib
 import dataclasses
@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from megatron_spin.config import Config, Engine, at_iteration
+
 Progress = Callable[[int, int], None]
-"""Called with the number of prompts finished and of tokens generated since the last call."""
+"""Called with the numbers of prompts finished and of tokens generated since the last call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Completion:
     """One generated answer."""
 
     token_ids: list[int]
-    """With the end token, once and last, if ``finish_reason`` is ``stop``; without one if it is ``length``."""
+    """If ``finish_reason`` is ``stop``, the end token is the last one and occurs once; if ``length``, there is none."""
     finish_reason: Literal["stop", "length"]
 
 
@@ -23,21 +25,39 @@ class Completion:
 class EngineSettings:
     """What an engine is started with."""
 
-    engine: Literal["vllm", "hf"]
+    engine: Engine
     hf_dir: Path
     """Hugging Face directory; only config and weights are read."""
-    dtype: Literal["fp32", "bf16"]
+    dtype: str
+    """``fp32`` or ``bf16``."""
     end_token_id: int
     """Generation stops on this token and on no other."""
     max_length: int
     """Longest prompt and answer together, in tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: int = 256
-    """Prompts a batch of the ``hf`` engine."""
+    """Prompts per batch of the ``hf`` engine."""
     vllm: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further vLLM engine arguments."""
     log: Path | None = None
-    """File for the log of the vLLM process; None: a temporary one. Its end is quoted when the process fails."""
+    """File for the log of the vLLM process, or None for a temporary one. An error of the process quotes its end."""
+
+
+def engine_settings(
+    config: Config, iteration: int, *, hf_dir: Path, end_token_id: int, log: Path | None = None
+) -> EngineSettings:
+    """Settings with which the model in ``hf_dir`` generates in ``iteration``."""
+    return EngineSettings(
+        engine=at_iteration(config.generation.engine, iteration),
+        hf_dir=hf_dir,
+        dtype=config.precision.export_dtype,
+        end_token_id=end_token_id,
+        max_length=config.data.max_length,
+        device=config.device,
+        batch_size=at_iteration(config.generation.batch_size, iteration),
+        vllm=at_iteration(config.generation.vllm, iteration),
+        log=log,
+    )
 
 
 class Session(Protocol):
@@ -53,7 +73,7 @@ class Session(Protocol):
         seed: int,
         progress: Progress | None = None,
     ) -> list[Completion]:
-        """One answer a prompt, in order.
+        """One answer per prompt, in order.
 
         Args:
             prompts: token ids, BOS included; none empty.
@@ -70,53 +90,25 @@ class Session(Protocol):
 
 @contextlib.contextmanager
 def open_session(settings: EngineSettings) -> Iterator[Session]:
-    """Starts an engine; it ends, and gives its memory back, with the block.
+    """Starts an engine; at the end of the block it ends and gives its memory back.
 
     Raises:
         DeviceError: the engine cannot run this model on this device; names the remedy.
         CheckpointError: ``hf_dir`` holds no readable model.
     """
+    # Each engine imports what only it needs.
     if settings.engine == "vllm":
-        from megatron_spin.generation.vllm_engine import VllmSession  # each engine imports what only it needs
+        from megatron_spin.generation.vllm_engine import VllmSession
 
-        with VllmSession(settings) as session:
-            yield session
+        with VllmSession(settings) as vllm_session:
+            yield vllm_session
     else:
         from megatron_spin.generation.hf_engine import HfSession
 
-        yield HfSession(settings)
-
-
-def generate(
-    prompts: Sequence[Sequence[int]],
-    *,
-    engine: Literal["vllm", "hf"],
-    hf_dir: Path,
-    dtype: Literal["fp32", "bf16"],
-    end_token_id: int,
-    max_length: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    batch_size: int = 256,
-) -> list[Completion]:
-    """One start, one call; see :class:`EngineSettings` and :meth:`Session.generate`."""
-    settings = EngineSettings(
-        engine=engine,
-        hf_dir=hf_dir,
-        dtype=dtype,
-        end_token_id=end_token_id,
-        max_length=max_length,
-        device=device,
-        batch_size=batch_size,
-    )
-    with open_session(settings) as session:
-        caps = answer_caps(prompts, max_new_tokens=max_new_tokens, max_length=max_length)
-        return session.generate(prompts, max_new_tokens=caps, temperature=temperature, top_p=top_p, seed=seed)
+        with HfSession(settings) as hf_session:
+            yield hf_session
 
 
 def answer_caps(prompts: Sequence[Sequence[int]], *, max_new_tokens: int, max_length: int) -> list[int]:
-    """Longest answer of each prompt: ``max_new_tokens``, less where prompt and answer would exceed ``max_length``."""
+    """Longest answer of each prompt: ``max_new_tokens``, or less so that prompt and answer fit ``max_length``."""
     return [min(max_new_tokens, max_length - len(prompt)) for prompt in prompts]

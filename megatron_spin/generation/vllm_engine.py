@@ -1,4 +1,7 @@
-"""Generation with vLLM, in a process of its own (:mod:`megatron_spin.generation.vllm_worker`). Imports neither torch nor vLLM."""
+"""Generation with vLLM in its own process, :mod:`megatron_spin.generation.vllm_worker`.
+
+Imports neither torch nor vLLM.
+"""
 
 import collections
 import contextlib
@@ -27,11 +30,13 @@ RESERVED = {
 }
 """vLLM engine arguments that ``generation.vllm`` may not set, and the key of the configuration that does."""
 LOG_LINES = 5
+"""Lines of the worker's log that an error quotes."""
 SECONDS_TO_END = 10
+"""How long the worker may take to end by itself."""
 
 
 class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
-    """A vLLM process, started on entry and ended on exit; see :class:`megatron_spin.generation.engine.Session`."""
+    """A vLLM process that starts on entry and ends on exit; see :class:`megatron_spin.generation.engine.Session`."""
 
     def __init__(self, settings: EngineSettings) -> None:
         for key in settings.vllm.keys() & RESERVED.keys():
@@ -59,7 +64,7 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
                 stderr=self._log,
                 env={**os.environ, "PYTHONPATH": path},
                 text=True,
-                start_new_session=True,  # a group of its own, which can be ended as a whole
+                start_new_session=True,  # its own process group, so that it can be killed with its children
             )
             stack.callback(self._end)
             self._send(
@@ -72,7 +77,7 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
                     "vllm": settings.vllm,
                 }
             )
-            self._receive()  # ready
+            self._receive()  # {"ready": true}
             self._stack = stack.pop_all()
         return self
 
@@ -106,7 +111,8 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
             for index, token_ids, reason in message["finished"]:
                 answers[index] = self._completion(index, token_ids, reason)
             if progress is not None:
-                progress(len(message["finished"]), sum(len(token_ids) for _, token_ids, _ in message["finished"]))
+                num_tokens = sum(len(token_ids) for _, token_ids, _ in message["finished"])
+                progress(len(message["finished"]), num_tokens)
         missing = answers.count(None)
         if missing:
             raise DeviceError(
@@ -122,8 +128,8 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
         if reason == "length" and token_ids and not ends:
             return Completion(token_ids, "length")
         raise DeviceError(
-            f"vLLM ended answer {index} by {reason!r} with {len(token_ids)} tokens and the end token at {ends}, where it must be the last "
-            "of a stopped answer and absent from a cut one: try generation.engine=hf"
+            f"vLLM ended answer {index} by {reason!r} with {len(token_ids)} tokens and the end token at {ends}, where "
+            "it must be the last of a stopped answer and absent from a cut one: try generation.engine=hf"
         )
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -158,7 +164,8 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         hint = "; it may have run out of memory" if status == -signal.SIGKILL else ""
         return DeviceError(
-            f"the vLLM process {how}{hint}; its log ends: {self._log_end()}; run again to continue, or try generation.engine=hf"
+            f"the vLLM process {how}{hint}; its log ends: {self._log_end()}; "
+            "run again to continue, or try generation.engine=hf"
         )
 
     def _log_end(self) -> str:
@@ -175,6 +182,6 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(SECONDS_TO_END)
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # also what vLLM itself started
+            os.killpg(process.pid, signal.SIGKILL)  # the processes that vLLM started, too
         process.wait()
         process.stdout.close()

@@ -1,11 +1,12 @@
-"""The process that holds vLLM: JSON lines in on stdin, JSON lines out on what stdout was, everything vLLM prints into the log.
+"""The process that runs vLLM. It reads JSON lines from stdin, writes JSON lines to stdout, and logs what vLLM prints.
 
-vLLM gives memory back only when its process ends, hence a process. It must not outlive its parent by a second, however that ends: on Linux
-the kernel kills it then, and everywhere the end of stdin stops it.
+vLLM gives its memory back only when its process ends, so it gets its own. The process must end with its parent, however
+the parent ends: on Linux the kernel kills it, and on every system the end of stdin stops it.
 
-First line in: the settings (see :func:`_start`). Then one line a call: ``{prompts, max_tokens, temperature, top_p, seed}``.
-Lines out: ``{"ready": true}``, then for each call ``{"finished": [[index, token_ids, reason], ...]}`` as answers end and
-``{"done": true}``; or ``{"error": "...", "kind": "device" | "config" | "failure"}`` and the end.
+The first line in is the settings (see :func:`_start`), then one line per call: ``{prompts, max_tokens, temperature,
+top_p, seed}``. The first line out is ``{"ready": true}``, then per call ``{"finished": [[index, token_ids, reason],
+...]}`` as answers end, and ``{"done": true}``. After ``{"error": "...", "kind": "device" | "config" | "failure"}`` the
+process ends.
 """
 
 import json
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 KV_SEQUENCES = 64
-"""Sequences of full length that the KV cache on a CPU should hold at once."""
+"""Sequences of full length that the KV cache on a CPU has room for."""
 
 
 class SeedExtension:
-    """Added by vLLM to its workers, so that each of them can be seeded between calls: one seed a shard, whatever ran before."""
+    """vLLM adds it to its workers, which are then seeded before each call: a shard's answers depend on its own seed."""
 
     def set_sampling_seed(self, seed: int) -> None:
         from vllm.utils.torch_utils import set_random_seed
@@ -37,7 +38,7 @@ class SeedExtension:
 
 
 class _RefusedError(Exception):
-    """What was asked for cannot be; ``kind`` says whose error it becomes."""
+    """A request that cannot be fulfilled; ``kind`` says which error the parent raises."""
 
     def __init__(self, message: str, kind: str) -> None:
         super().__init__(message)
@@ -46,7 +47,7 @@ class _RefusedError(Exception):
 
 def main() -> None:
     die_with_parent()
-    # The channel keeps the real stdout for itself: vLLM and its libraries print to descriptor 1, which becomes the log.
+    # The channel takes over the real stdout. vLLM and its libraries print to descriptor 1, which becomes the log.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -65,7 +66,7 @@ def main() -> None:
         traceback.print_exc()
         sys.stderr.flush()
         send({"error": f"{type(error).__name__}: {_root(error)}", "kind": "failure"})
-    # Not by way of destructors: vLLM's may wait for its own helpers, which end with this process anyway.
+    # Skips destructors: vLLM's may wait for its helper processes, which end with this process anyway.
     sys.stdout.flush()
     os._exit(0)
 
@@ -75,7 +76,7 @@ def _listen(stdin: TextIO, requests: "queue.Queue[str | None]", idle: threading.
         idle.clear()
         requests.put(line)
     if not idle.is_set():
-        os._exit(1)  # the parent is gone or has given up: nobody wants the answers
+        os._exit(1)  # the parent is gone or has given up: nobody reads the answers
     requests.put(None)
 
 
@@ -93,7 +94,10 @@ def _serve(requests: "queue.Queue[str | None]", idle: threading.Event, send: Cal
 
 
 def _start(settings: dict[str, Any]) -> "LLMEngine":
-    """Starts the engine. ``settings``: hf_dir, dtype (fp32 or bf16), end_token_id, max_length, device, vllm (engine arguments)."""
+    """Starts the engine.
+
+    ``settings`` has hf_dir, dtype (fp32 or bf16), end_token_id, max_length, device and vllm (engine arguments).
+    """
     model = json.loads((Path(settings["hf_dir"]) / "config.json").read_text())
     _environment(settings, model)
 
@@ -111,9 +115,10 @@ def _start(settings: dict[str, Any]) -> "LLMEngine":
         ) from None
 
     on_cpu = bool(current_platform.is_cpu())
-    if settings["device"] == ("cuda" if on_cpu else "cpu"):
+    runs_on, other_device = ("the CPU", "cuda") if on_cpu else ("GPUs", "cpu")
+    if settings["device"] == other_device:
         raise _RefusedError(
-            f"device={settings['device']}, but the vLLM installed here runs on {'the CPU' if on_cpu else 'GPUs'}: use the other device, "
+            f"device={other_device}, but the vLLM installed here runs on {runs_on}: use the other device, "
             "or generation.engine=hf",
             "device",
         )
@@ -125,31 +130,33 @@ def _start(settings: dict[str, Any]) -> "LLMEngine":
         "max_model_len": settings["max_length"],
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
-        # A prompt answered from a cached prefix rounds otherwise than one computed whole: a resumed run would differ.
+        # A prompt answered from a cached prefix is rounded differently, so a resumed run would differ.
         "enable_prefix_caching": False,
         "enforce_eager": on_cpu,
         "disable_log_stats": True,
         "seed": 0,
-        "worker_extension_cls": "megatron_spin.generation.vllm_worker.SeedExtension",  # in full: here the module is __main__
+        # The full name, because this module runs as __main__.
+        "worker_extension_cls": "megatron_spin.generation.vllm_worker.SeedExtension",
     }
     try:
         engine_arguments = EngineArgs(**{**arguments, **settings["vllm"]})
     except TypeError as error:
         raise _RefusedError(
-            f"generation.vllm={settings['vllm']}: {error}; see vLLM's EngineArgs for what there is", "config"
+            f"generation.vllm={settings['vllm']}: {error}; see vLLM's EngineArgs for the arguments it has", "config"
         ) from None
     return LLMEngine.from_engine_args(engine_arguments)
 
 
 def _environment(settings: dict[str, Any], model: dict[str, Any]) -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
-    # In this process: the scheduler in a process of its own would batch by timing, and the same seed would not give the same answers.
+    # A scheduler in another process batches by timing, and then the same seed does not give the same answers.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     heads = model.get("num_key_value_heads") or model["num_attention_heads"]
-    per_token = 2 * model["num_hidden_layers"] * heads * _head_size(model) * (4 if settings["dtype"] == "fp32" else 2)
-    wanted = -(-per_token * settings["max_length"] * KV_SEQUENCES // 2**30)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, min(wanted, memory // 4))))
+    bytes_per_value = 4 if settings["dtype"] == "fp32" else 2
+    bytes_per_token = 2 * model["num_hidden_layers"] * heads * _head_size(model) * bytes_per_value
+    wanted_gib = -(-bytes_per_token * settings["max_length"] * KV_SEQUENCES // 2**30)
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, min(wanted_gib, memory_gib // 4))))
 
 
 def _head_size(model: dict[str, Any]) -> int:
@@ -159,10 +166,12 @@ def _head_size(model: dict[str, Any]) -> int:
 def _check_head_size(model: dict[str, Any]) -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    size, supported = _head_size(model), CPUAttentionBackend.get_supported_head_sizes()
+    size = _head_size(model)
+    supported = CPUAttentionBackend.get_supported_head_sizes()
     if size not in supported:
         raise _RefusedError(
-            f"vLLM on a CPU has no attention for the model's head size {size} (it has {', '.join(map(str, supported))}): set generation.engine=hf",
+            f"vLLM on a CPU has no attention for the model's head size {size} (it has "
+            f"{', '.join(map(str, supported))}): set generation.engine=hf",
             "device",
         )
 
@@ -172,7 +181,7 @@ def _answer(engine: "LLMEngine", end: int, request: dict[str, Any], send: Callab
 
     engine.collective_rpc("set_sampling_seed", args=(request["seed"],))
     for index, (prompt, max_tokens) in enumerate(zip(request["prompts"], request["max_tokens"], strict=True)):
-        # ignore_eos: the end token alone stops, not what else the model's config may call EOS.
+        # ignore_eos: only the end token stops, whatever else the model's config calls EOS.
         parameters = SamplingParams(
             temperature=request["temperature"],
             top_p=request["top_p"],

@@ -1,41 +1,13 @@
 """Token log-probs of answers under a transformers model. No Megatron: the other side of every parity check."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_spin.errors import CheckpointError, DataError
-from megatron_spin.hf.files import DTYPES
+from megatron_spin.errors import DataError
 
 TokenIds = Sequence[int]
-
-
-def load_model(hf_dir: Path, *, dtype: str, device: torch.device) -> torch.nn.Module:
-    """The causal language model in ``hf_dir``, in ``fp32`` or ``bf16``, for evaluation; never from the network.
-
-    Raises:
-        CheckpointError: it cannot be loaded, or its weights do not fill the model exactly.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            hf_dir, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
-        )
-        model, info = loaded
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"transformers cannot load {hf_dir} ({error}): copy or export the model again") from None
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(problem):
-            raise CheckpointError(
-                f"{hf_dir}: {problem.replace('_', ' ')} {', '.join(map(str, sorted(info[problem])))}: copy or export the model again"
-            )
-    ready: torch.nn.Module = model.to(device).eval()
-    return ready
 
 
 @torch.inference_mode()
@@ -44,18 +16,19 @@ def hf_token_logps(
 ) -> list[torch.Tensor]:
     """log p(response token | all before) for each token of each response, in nats.
 
-    Logits are turned into log-probs in fp32 whatever the model's dtype. Sequences of similar length share a batch, padded on the right.
+    Logits become log-probs in fp32, whatever the model's dtype. Sequences of similar length share a batch, padded on
+    the right.
 
     Args:
         model: a transformers causal language model on ``device``.
         sequences: (prompt ids, response ids) each.
-        batch_size: sequences a forward pass.
+        batch_size: sequences per forward pass.
 
     Returns:
-        One fp32 CPU tensor [response length] a sequence, in the order given.
+        One fp32 CPU tensor [response length] per sequence, in the order given.
 
     Raises:
-        DataError: an empty prompt: nothing predicts the first token.
+        DataError: a prompt is empty, so that nothing predicts its first answer token.
     """
     if any(not len(prompt) for prompt, _ in sequences):
         raise DataError(
@@ -75,7 +48,8 @@ def hf_token_logps(
         logits = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False).logits
         for row, i in enumerate(batch):
             prompt, response = sequences[i]
-            # The logits at a position predict the token behind it; only an answer's own are turned into fp32, one sequence at a time.
+            # The logits at a position predict the next token. Only the answer's own become fp32, one sequence at a
+            # time, so that the fp32 copy stays small.
             own = logits[row, len(prompt) - 1 : len(prompt) + len(response) - 1].float().log_softmax(dim=-1)
             tokens_of_answer = torch.tensor(list(response), dtype=torch.long, device=own.device)
             results[i] = own.gather(1, tokens_of_answer[:, None]).squeeze(1).cpu()

@@ -1,6 +1,5 @@
 """Evaluation of one model on the held-out prompts: ``eval.json``, and ``samples.jsonl`` for reading."""
 
-import gc
 import json
 import re
 import time
@@ -16,7 +15,8 @@ from megatron_spin.errors import CheckpointError, DataError, GateError
 from megatron_spin.evaluation.answers import Player, held_out_answers
 from megatron_spin.evaluation.metrics import Answer, margins, mean, nll_per_token, sample_metrics
 from megatron_spin.generation.engine import Completion
-from megatron_spin.hf.logps import hf_token_logps, load_model
+from megatron_spin.hf.logps import hf_token_logps
+from megatron_spin.hf.model import choose_device, load_model, release_memory
 from megatron_spin.io import atomic_writer, read_json, write_json
 from megatron_spin.run.directory import RunDir
 from megatron_spin.spin.objective import objective_class
@@ -34,8 +34,7 @@ def evaluate(config: Config, run_dir: RunDir, player: Player) -> dict[str, Any]:
         GateError: the opponent is not the model that generated the iteration's pairs.
     """
     started = time.perf_counter()
-    # Not parallel.setup's choice: that prepares the process for Megatron, which takes no part here.
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = choose_device(config.device)
     rows = load_rows(run_dir.data / "eval.parquet")[: config.evaluation.num_prompts]
     if not rows:
         raise DataError(
@@ -167,9 +166,7 @@ def _sequence_logps(
         logps = hf_token_logps(model, sequences, batch_size=config.evaluation.batch_size, device=device)
         sums.append([float(item.double().sum()) for item in logps])
     del model
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_memory(device)
     return sums
 
 

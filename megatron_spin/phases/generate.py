@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -14,8 +13,8 @@ from megatron_spin.conversion.identity import identity
 from megatron_spin.data.pairs import Pair, build_pairs, previous_pairs, save_pairs
 from megatron_spin.data.rows import Row, hash_rows, load_rows
 from megatron_spin.errors import ConfigError, RunDirError
-from megatron_spin.generation.engine import EngineSettings, answer_caps, open_session
-from megatron_spin.generation.shards import Generated, Origin, Shard, ShardStore, plan_shards
+from megatron_spin.generation.engine import answer_caps, engine_settings, open_session
+from megatron_spin.generation.shards import GeneratedRow, Origin, Shard, ShardStore, plan_shards
 from megatron_spin.io import read_json
 from megatron_spin.run.directory import RunDir
 from megatron_spin.spin.objective import num_iterations, objective_class
@@ -110,27 +109,27 @@ def _initial_answers(run_dir: RunDir, iteration: int, answers: Sequence[str], da
 
 
 def _own_pairs(
-    generated: Sequence[Generated], iteration: int, answers: Sequence[str], initial: Mapping[int, list[list[int]]]
+    generated: Sequence[GeneratedRow], iteration: int, answers: Sequence[str], initial: Mapping[int, list[list[int]]]
 ) -> list[Pair]:
     """The iteration's pairs; a prompt whose initial answer was dropped in iteration 0 gives none."""
     pairs = []
     seen: collections.Counter[int] = collections.Counter()
     for row in generated:
-        by_name = {"real": row["real_ids"], "generated": row["generated_ids"], "initial": row["generated_ids"]}
+        by_name = {"real": row.real_ids, "generated": row.generated_ids, "initial": row.generated_ids}
         if "initial" in answers and iteration > 0:
-            given = initial.get(row["index"], [])
+            given = initial.get(row.index, [])
             if not given:
                 continue
             # The k-th sample of a prompt meets the k-th initial answer; where there were fewer, they are taken in turn.
-            by_name["initial"] = given[seen[row["index"]] % len(given)]
-            seen[row["index"]] += 1
+            by_name["initial"] = given[seen[row.index] % len(given)]
+            seen[row.index] += 1
         pairs.append(
             Pair(
-                index=row["index"],
+                index=row.index,
                 iteration=iteration,
-                prompt_ids=row["prompt_ids"],
+                prompt_ids=row.prompt_ids,
                 answers=tuple(by_name[answer] for answer in answers),
-                finish_reason=row["finish_reason"],
+                finish_reason=row.finish_reason,
             )
         )
     return pairs
@@ -172,15 +171,11 @@ def _generate(
     sampling: dict[str, Any] = store.origin.settings
     target = run_dir.target(iteration=iteration)
     target.generated.mkdir(parents=True, exist_ok=True)
-    settings = EngineSettings(
-        engine=sampling["engine"],
-        hf_dir=Path(run_dir.opponent_hf(config, iteration)),
-        dtype="fp32" if sampling["dtype"] == "fp32" else "bf16",
+    settings = engine_settings(
+        config,
+        iteration,
+        hf_dir=run_dir.opponent_hf(config, iteration),
         end_token_id=sampling["end_token_id"],
-        max_length=sampling["max_length"],
-        device=config.device,
-        batch_size=at_iteration(config.generation.batch_size, iteration),
-        vllm=at_iteration(config.generation.vllm, iteration),
         log=target.generated / "vllm.log",
     )
     done = total - sum(len(shard.rows) for shard in missing)

@@ -18,7 +18,8 @@ import torch
 import yaml
 
 from megatron_spin.data.rows import load_rows
-from megatron_spin.hf.logps import hf_token_logps, load_model
+from megatron_spin.hf.logps import hf_token_logps
+from megatron_spin.hf.model import load_model
 from megatron_spin.report.diagnosis import probe
 from megatron_spin.run.directory import RunDir
 from tests.support.processes import survivors
