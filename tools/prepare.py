@@ -12,7 +12,8 @@ def main() -> None:
     )
     config, root = cli.read_config(cli.parse(parser))
 
-    from megatron_spin.phases.prepare import describe, prepare
+    from megatron_spin.data.preparation import prepare
+    from megatron_spin.phases.prepare import counts_table
     from megatron_spin.run.directory import RunDir
 
     run_dir = RunDir(root)
@@ -38,7 +39,7 @@ def main() -> None:
             opponent=opponent,
             data=manifest["identity"],
         )
-    print(describe(manifest, config))
+    print(counts_table(manifest, config))
     run_dir.mark_done(
         "prepare", seconds=time.monotonic() - started, identity=manifest["identity"], prompts=manifest["counts"]["kept"]
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spin import cli
-from megatron_spin.data.reading import Sample, read_samples
+from megatron_spin.data.reading import SourceRow, read_source_rows
 from megatron_spin.data.templates import INSTRUCTION
 from megatron_spin.errors import DataError
 
@@ -106,11 +106,11 @@ def save_model(directory: Path, settings: dict[str, int], *, vocabulary: int, pa
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def texts(samples: Sequence[Sample], template: str) -> Iterator[str]:
+def texts(rows: Sequence[SourceRow], template: str) -> Iterator[str]:
     """The texts that train the tokenizer. ``template`` is put around the prompts, so that it takes few tokens."""
-    for sample in samples:
-        yield template.format(prompt=sample.prompt if sample.system is None else f"{sample.system}\n\n{sample.prompt}")
-        yield sample.answer
+    for row in rows:
+        yield template.format(prompt=row.prompt if row.system is None else f"{row.system}\n\n{row.prompt}")
+        yield row.answer
 
 
 def main() -> None:
@@ -128,15 +128,15 @@ def main() -> None:
         print(f"{arguments.out} is already there")
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    samples = read_samples(arguments.data).rows
-    if not samples:
+    rows = read_source_rows(arguments.data).rows
+    if not rows:
         raise DataError(f"{arguments.data} has no row with a prompt and an answer: check the file")
 
     settings = TINY if arguments.bpe is None else SMALL
     tokenizer = (
-        word_tokenizer(texts(samples, "{prompt}"))
+        word_tokenizer(texts(rows, "{prompt}"))
         if arguments.bpe is None
-        else bpe_tokenizer(texts(samples, INSTRUCTION), arguments.bpe)
+        else bpe_tokenizer(texts(rows, INSTRUCTION), arguments.bpe)
     )
     unfinished = arguments.out.with_name(f".{arguments.out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

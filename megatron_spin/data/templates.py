@@ -1,7 +1,11 @@
-"""Text to token ids. One function builds the prompt for generation and for training, so the two can never differ. No torch."""
+"""Text to token ids and back. No torch.
+
+One function builds the prompts of generation and of training, so that the two cannot differ.
+"""
 
 import hashlib
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,9 +20,11 @@ INSTRUCTION = "### Instruction: {prompt}\n\n### Response: "
 """The paper's template."""
 
 _TOKENIZER_FILES = (
-    "tokenizer*", "*.model", "*.model.v*", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "chat_template*", "tekken.json",
+    "tokenizer*", "*.model", "*.model.v*", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "chat_template*", "tekken.json",
 )  # fmt: skip
+_NO_LIMIT = 10**12
+"""For ``model_max_length``: lengths are checked row by row in data/tokenization.py, and a tokenizer only warns once."""
 
 
 def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerBase":
@@ -28,6 +34,8 @@ def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerBase":
         CheckpointError: there is none, or it cannot be read.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Texts are tokenized one by one. Left unset, the library warns whenever a process forks after that.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer  # here, not above: it takes seconds, for which --help must not wait
 
     if not tokenizer_files(hf_dir):
@@ -35,10 +43,17 @@ def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerBase":
             f"{hf_dir} holds no tokenizer (tokenizer.json or tokenizer.model): copy the model's tokenizer files there"
         )
     try:
-        return AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
     except Exception as error:  # each tokenizer class fails in its own way on a damaged file
         problem = f"the tokenizer in {hf_dir} cannot be loaded ({type(error).__name__}: {error})"
         raise CheckpointError(f"{problem}: copy its files again") from None
+    tokenizer.model_max_length = _NO_LIMIT
+    return tokenizer
+
+
+def decode(tokenizer: "PreTrainedTokenizerBase", sequences: Iterable[Sequence[int]]) -> list[str]:
+    """The text of each sequence of token ids, without special tokens."""
+    return [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in sequences]
 
 
 def tokenizer_files(hf_dir: Path) -> list[Path]:
@@ -64,7 +79,8 @@ def end_token_id(tokenizer: "PreTrainedTokenizerBase", end_token: str | None) ->
     if end_token is None:
         if tokenizer.eos_token_id is None:
             raise DataError(
-                "the tokenizer has no EOS token and data.end_token is null: set data.end_token to the token that ends an answer"
+                "the tokenizer has no EOS token and data.end_token is null: set data.end_token to the token that ends "
+                "an answer"
             )
         return int(tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()
@@ -77,9 +93,10 @@ def end_token_id(tokenizer: "PreTrainedTokenizerBase", end_token: str | None) ->
 def prompt_ids(
     tokenizer: "PreTrainedTokenizerBase", template: Template, prompt: str, system: str | None = None
 ) -> list[int]:
-    """Token ids of ``prompt`` in ``template``, up to where the answer begins; BOS once, if the tokenizer or its chat template adds it.
+    """Token ids of ``prompt`` in ``template``, up to where the answer begins.
 
-    ``system`` goes into the chat template as its own message; the other templates put it before the prompt, an empty line between.
+    BOS comes once, if the tokenizer or its chat template adds it. The chat template takes ``system`` as a message;
+    the other templates put it before the prompt, with an empty line between.
 
     Raises:
         DataError: ``chat`` and the tokenizer has no chat template, or its template refuses these messages.
@@ -87,30 +104,34 @@ def prompt_ids(
     if template == "chat":
         return _chat_ids(tokenizer, prompt, system)
     text = prompt if system is None else f"{system}\n\n{prompt}"
-    return _with_leading_special_tokens(
-        tokenizer, INSTRUCTION.format(prompt=text) if template == "instruction" else text
-    )
+    if template == "instruction":
+        text = INSTRUCTION.format(prompt=text)
+    return _with_leading_special_tokens(tokenizer, text)
 
 
 def answer_ids(tokenizer: "PreTrainedTokenizerBase", answer: str, end: int) -> list[int]:
-    """Token ids of ``answer`` as a model writes them behind a prompt, then the end token exactly once (also where the text brings it along).
+    """Token ids of ``answer`` as a model writes them after a prompt, then the end token exactly once.
 
-    No special tokens are added. A SentencePiece tokenizer puts a space before a text that stands alone; a model that goes on after a prompt
-    never writes that space, and the policy would learn to tell real from generated answers by it. So the answer is tokenized behind a line
-    break, whose own tokens are then taken off. The end token may still occur further in; :func:`ends_inside` tells.
+    The end token comes once even if the text ends with it; it may still occur inside, see :func:`ends_inside`. No other
+    special tokens are added.
+
+    A SentencePiece tokenizer puts a space before a text on its own. A model that continues a prompt never writes that
+    space, and the policy would learn to tell real from generated answers by it. So the answer is tokenized after a line
+    break, whose own tokens are then removed.
     """
     anchor = list(tokenizer("\n", add_special_tokens=False)["input_ids"])
     behind = list(tokenizer(f"\n{answer}", add_special_tokens=False)["input_ids"])
-    # Where the line break melts into the answer's first token, the answer stands alone after all.
-    apart = behind[: len(anchor)] == anchor
-    ids = behind[len(anchor) :] if apart else list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    if behind[: len(anchor)] == anchor:
+        ids = behind[len(anchor) :]
+    else:  # the tokenizer merges the line break into the answer's first token
+        ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     while ids and ids[-1] == end:
         ids.pop()
     return [*ids, end]
 
 
 def ends_inside(ids: list[int], end: int) -> bool:
-    """Whether the end token occurs before the last place: generation would have stopped there."""
+    """Whether the end token occurs before the last position: generation would have stopped there."""
     return end in ids[:-1]
 
 
@@ -122,7 +143,7 @@ def _chat_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str | N
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     try:
-        # The template writes BOS itself; tokenizing inside apply_chat_template adds no second one.
+        # The template itself writes BOS; apply_chat_template does not add a second one.
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     except Exception as error:  # jinja2 and the template's own raise_exception
         problem = f"the tokenizer's chat template refuses a prompt ({type(error).__name__}: {error})"
@@ -131,7 +152,7 @@ def _chat_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str | N
 
 
 def _with_leading_special_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """What the tokenizer puts before ``text`` (BOS) and ``text``, without what it would put behind (EOS, SEP): the answer comes there."""
+    """``text`` with the special tokens that the tokenizer puts before it (BOS), without those after it (EOS, SEP)."""
     full = list(tokenizer(text)["input_ids"])
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     for start in range(len(full) - len(plain) + 1):
@@ -140,7 +161,8 @@ def _with_leading_special_tokens(tokenizer: "PreTrainedTokenizerBase", text: str
             break
     else:
         raise DataError(
-            "the tokenizer does not keep a prompt in one piece when it adds special tokens: such tokenizers are not supported"
+            "the tokenizer does not keep a prompt in one piece when it adds special tokens: such tokenizers are not "
+            "supported"
         )
     bos = tokenizer.bos_token_id
     # A prompt text that already begins with BOS would otherwise get it twice.

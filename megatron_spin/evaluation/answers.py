@@ -57,7 +57,7 @@ def _generate(
     config: Config, player: Player, rows: Sequence[Row], names: Sequence[str], cache: "AnswerCache", end_token_id: int
 ) -> None:
     """Generates the passes ``names`` with one start of the engine."""
-    generation, settings = config.generation, _settings(config, player)
+    settings = _settings(config, player)
     iteration = player.target.iteration or 0
     prompts = [row.prompt_ids for row in rows]
     caps = answer_caps(prompts, max_new_tokens=settings["max_new_tokens"], max_length=config.data.max_length)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_spin.data.preparation import prepare
 from megatron_spin.data.sampler import BatchSampler
-from megatron_spin.phases.prepare import prepare
 from tests.distributed.test_parity import close
 from tests.support.ranks import first_gradients, scores_of, tiny_config
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl

@@ -5,6 +5,7 @@ from tokenizers.processors import TemplateProcessing
 
 from megatron_spin.data.templates import (
     answer_ids,
+    decode,
     end_token_id,
     ends_inside,
     load_tokenizer,
@@ -127,3 +128,8 @@ def test_an_answer_begins_as_a_model_goes_on_after_a_prompt():
         "the tokenizer must be one that prepends a space, else this compares nothing"
     )
     assert answer_ids(tokenizer, "Hi", letters["</s>"]) == [letters["Hi"], letters["</s>"]]
+
+
+def test_decoded_texts_have_no_special_tokens(directory):
+    tokenizer = load_tokenizer(directory)
+    assert decode(tokenizer, [[BOS_ID, *ids(tokenizer, "w1 w2"), EOS_ID], [EOS_ID]]) == ["w1 w2", ""]

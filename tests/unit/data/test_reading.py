@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from megatron_spin.data.reading import FORMATS, Sample, first_turn, read_samples
+from megatron_spin.data.reading import FORMATS, SourceRow, first_turn, read_source_rows
 from megatron_spin.errors import DataError
 from tests.support.tiny import write_jsonl
 
@@ -49,19 +49,19 @@ def test_formats(tmp_path, name, suffix):
         path.write_text(json.dumps(ROWS[name], indent=1))
     else:
         datasets.Dataset.from_list(ROWS[name]).to_parquet(str(path))
-    samples = read_samples(path)
-    assert (samples.read, samples.dropped, samples.format) == (2, {}, name)
+    source = read_source_rows(path)
+    assert (source.read, source.dropped, source.format) == (2, {}, name)
     second = {
-        "instruction/input/output": Sample(1, "c\n\nx", "d"),
-        "messages": Sample(1, "c", "d", "s"),
-        "prompt/chosen/rejected": Sample(1, "c", "d", None, "e"),
-    }.get(name, Sample(1, "c", "d"))
-    assert samples.rows == [Sample(0, "a", "b", None, "x" if name == "prompt/chosen/rejected" else None), second]
+        "instruction/input/output": SourceRow(1, "c\n\nx", "d"),
+        "messages": SourceRow(1, "c", "d", "s"),
+        "prompt/chosen/rejected": SourceRow(1, "c", "d", None, "e"),
+    }.get(name, SourceRow(1, "c", "d"))
+    assert source.rows == [SourceRow(0, "a", "b", None, "x" if name == "prompt/chosen/rejected" else None), second]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_preferences_as_conversations(tmp_path, suffix):
-    """UltraFeedback's shape: the conversation so far in both columns, the answer last; ``messages`` beside them repeats the chosen one."""
+    """UltraFeedback's shape: both columns hold the whole conversation; ``messages`` repeats the chosen one."""
 
     def talk(*contents):
         return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
@@ -84,17 +84,17 @@ def test_preferences_as_conversations(tmp_path, suffix):
     ]
     path = tmp_path / f"d.{suffix}"
     write_jsonl(path, rows) if suffix == "jsonl" else datasets.Dataset.from_list(rows).to_parquet(str(path))
-    samples = read_samples(path, rejected="needed")
-    assert samples.rows == [Sample(0, "a", "b", None, "c"), Sample(3, "f", "g", "s", "h")]
-    assert samples.dropped == {"several_turns": 1, "empty_answer": 1}
-    assert read_samples(path).format == "messages"
+    source = read_source_rows(path, rejected="needed")
+    assert source.rows == [SourceRow(0, "a", "b", None, "c"), SourceRow(3, "f", "g", "s", "h")]
+    assert source.dropped == {"several_turns": 1, "empty_answer": 1}
+    assert read_source_rows(path).format == "messages"
 
 
 def test_preferences_without_a_rejected_answer(tmp_path):
     with pytest.raises(
         DataError, match=r"has no column chosen: training\.objective=dpo needs prompt, chosen and rejected"
     ):
-        read_samples(write_jsonl(tmp_path / "d.jsonl", ROWS["prompt/response"]), rejected="needed")
+        read_source_rows(write_jsonl(tmp_path / "d.jsonl", ROWS["prompt/response"]), rejected="needed")
 
 
 def test_json_lines_under_the_name_json_and_text_beyond_ascii(tmp_path):
@@ -103,16 +103,16 @@ def test_json_lines_under_the_name_json_and_text_beyond_ascii(tmp_path):
     path.write_text(
         f'{{"prompt": "{text}", "response": "b"}}\n\n{{"prompt": "c", "response": "d"}}\n', encoding="utf-8"
     )
-    assert read_samples(path).rows == [Sample(0, text, "b"), Sample(1, "c", "d")]
+    assert read_source_rows(path).rows == [SourceRow(0, text, "b"), SourceRow(1, "c", "d")]
 
 
 def test_empty_ones_are_dropped_and_counted(tmp_path):
     answers = [{"prompt": "a", "response": answer} for answer in ("b", "", None)]
-    samples = read_samples(
+    source = read_source_rows(
         write_jsonl(tmp_path / "d.jsonl", [*answers, {"prompt": " \n", "response": "b"}, {"prompt": "a"}])
     )
-    assert samples.rows == [Sample(0, "a", "b")]
-    assert samples.dropped == {"empty_prompt": 1, "empty_answer": 3}
+    assert source.rows == [SourceRow(0, "a", "b")]
+    assert source.dropped == {"empty_prompt": 1, "empty_answer": 3}
 
 
 @pytest.mark.parametrize(
@@ -135,10 +135,12 @@ def test_empty_ones_are_dropped_and_counted(tmp_path):
             r"line 1: a message of role 'assistant' stands where",
         ),
         (
-            '{"prompt": "a", "chosen": "b", "rejected": [{"role": "user", "content": "z"}, {"role": "assistant", "content": "c"}]}\n',
+            '{"prompt": "a", "chosen": "b", "rejected": '
+            '[{"role": "user", "content": "z"}, {"role": "assistant", "content": "c"}]}\n',
             r"line 1: rejected answers 'z', not the row's prompt 'a'",
         ),
         ('{"prompt": "a", "chosen": "b", "rejected": 5}\n', r"line 1: rejected is a number, neither text nor messages"),
+        ('{"prompt": "a", "response": "\\ud83d"}\n', r"line 1 holds half of a surrogate pair"),
         ("", "holds no rows"),
         ("\n\n", "holds no rows"),
     ],
@@ -147,21 +149,37 @@ def test_bad_rows_are_named(tmp_path, text, message):
     path = tmp_path / "d.jsonl"
     path.write_text(text)
     with pytest.raises(DataError, match=message):
-        read_samples(path)
+        read_source_rows(path)
 
 
 def test_bad_bytes_are_named(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"prompt": "a", "response": "b"}\n{"prompt": "\xff", "response": "b"}\n')
     with pytest.raises(DataError, match="line 2 is not UTF-8"):
-        read_samples(path)
+        read_source_rows(path)
 
 
 def test_bad_array_names_the_line(tmp_path):
     path = tmp_path / "d.json"
     path.write_text('[{"prompt": "a", "response": "b"},\n{"prompt": }]')
     with pytest.raises(DataError, match="line 2 is not JSON"):
-        read_samples(path)
+        read_source_rows(path)
+
+
+def test_other_columns_may_hold_anything_and_dates_are_text(tmp_path):
+    rows = [
+        {"prompt": "2024-01-01", "response": "2024-01-01 00:00:00", "source": 1},
+        {"prompt": "2024-01-02", "response": "2024-01-02 00:00:00", "source": ["a", {}]},
+    ]
+    source = read_source_rows(write_jsonl(tmp_path / "d.jsonl", rows))
+    assert [(row.prompt, row.answer) for row in source.rows] == [(row["prompt"], row["response"]) for row in rows]
+
+
+def test_a_parquet_file_without_rows(tmp_path):
+    path = tmp_path / "d.parquet"
+    datasets.Dataset.from_dict({"prompt": [], "response": []}).to_parquet(str(path))
+    with pytest.raises(DataError, match="holds no rows"):
+        read_source_rows(path)
 
 
 def test_wrong_type_in_parquet_names_the_row(tmp_path):
@@ -170,7 +188,7 @@ def test_wrong_type_in_parquet_names_the_row(tmp_path):
         str(path)
     )
     with pytest.raises(DataError, match="row 1: prompt is a number, not text"):
-        read_samples(path)
+        read_source_rows(path)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +204,7 @@ def test_bad_files(tmp_path, name, message):
     for existing in ("d.txt", "bad.parquet"):
         (tmp_path / existing).write_text("not what the name says")
     with pytest.raises(DataError, match=message):
-        read_samples(tmp_path / name)
+        read_source_rows(tmp_path / name)
 
 
 def test_first_turn_of_an_unanswered_conversation_is_empty():

@@ -1,0 +1,224 @@
+"""The rows of a data file as token ids: what a model allows, and which rows are dropped or cut. No torch."""
+
+import collections
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from megatron_spin.config import Config
+from megatron_spin.data.reading import DroppedRow, Rejected, SourceRow, read_source_rows
+from megatron_spin.data.rows import Row
+from megatron_spin.data.templates import (
+    Template,
+    answer_ids,
+    end_token_id,
+    ends_inside,
+    load_tokenizer,
+    prompt_ids,
+)
+from megatron_spin.errors import CheckpointError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DROPPED = {
+    "empty_prompt": "prompt is empty",
+    "empty_answer": "answer is empty",
+    "several_turns": "conversation has more than one turn",
+    "long_prompt": "prompt longer than {prompt_limit} tokens (data.max_prompt_length)",
+    "long_answer": "answer longer than {max_answer_length} tokens (data.max_answer_length)",
+    "end_inside": "answer has the end token inside",
+}
+"""Reasons for dropping a row, in words."""
+
+
+def dropped_words(reason: str, config: Config) -> str:
+    """A key of :data:`DROPPED` in words, with the limits of ``config``."""
+    data = config.data
+    return DROPPED[reason].format(prompt_limit=data.prompt_limit, max_answer_length=data.max_answer_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What every tokenized row keeps to; lengths are in tokens."""
+
+    end: int
+    """Id of the end token."""
+    vocabulary: int
+    """``vocab_size`` of the model's config; ids are below it."""
+    prompt: int
+    """Rows with longer prompts are dropped."""
+    answer: int
+    """Longer answers are cut, the end token counted."""
+    total: int
+    """Answers are cut so that prompt and answer together are no longer."""
+    whole_answer: int | None
+    """Rows with longer answers, the end token counted, are dropped; None: no such limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+    """The usable rows of one file."""
+
+    rows: list[Row]
+    rejected: dict[int, Row]
+    """For preferences, by the row's index: the same prompt with the rejected answer in the real one's place."""
+    counts: dict[str, Any]
+    """Of all usable rows, before any draw.
+
+    ``read``, ``format``, ``dropped`` by reason, ``capped`` and ``duplicates`` (rows whose prompt came before).
+    """
+
+
+def load_tokenizer_and_limits(config: Config) -> "tuple[PreTrainedTokenizerBase, Limits]":
+    """The tokenizer of ``model.hf``, and what the configuration and the model's config allow.
+
+    Raises:
+        CheckpointError: the model has no readable config or tokenizer.
+        ConfigError: the model is too short for ``data.max_length``.
+        DataError: the end token does not fit the model.
+    """
+    hf, data = Path(config.model.hf), config.data
+    model = _read_model_json(hf / "config.json")
+    if model is None:
+        raise CheckpointError(
+            f"model.hf={hf} holds no config.json: give the directory of a Hugging Face model (it is not downloaded)"
+        )
+    tokenizer = load_tokenizer(hf)
+    end = end_token_id(tokenizer, data.end_token)
+    _check_end_token(hf, model, tokenizer, end)
+    vocabulary = int(model["vocab_size"])
+    if end >= vocabulary:
+        raise DataError(
+            f"the end token's id {end} is not below the model's vocab_size={vocabulary}: {hf} holds another model's "
+            "tokenizer"
+        )
+    positions = model.get("max_position_embeddings")
+    if positions is not None and data.max_length > positions:
+        raise ConfigError(
+            f"data.max_length={data.max_length} exceeds the model's max_position_embeddings={positions}: lower it"
+        )
+    # The longest of all iterations: each generation phase cuts the real answers to its own limit.
+    lengths = config.generation.max_new_tokens
+    limits = Limits(
+        end=end,
+        vocabulary=vocabulary,
+        prompt=data.prompt_limit,
+        answer=max(lengths) if isinstance(lengths, list) else lengths,
+        total=data.max_length,
+        whole_answer=data.max_answer_length,
+    )
+    return tokenizer, limits
+
+
+def _read_model_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in ``path``; None without the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): copy the model again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object: copy the model again")
+    return value
+
+
+def _check_end_token(hf: Path, model: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", end: int) -> None:
+    """The token that ends real answers must stop the model's generation, here and wherever the export is used."""
+    path = hf / "generation_config.json"
+    stops = (_read_model_json(path) or {}).get("eos_token_id")
+    if stops is None:
+        path = hf / "config.json"
+        stops = model.get("eos_token_id")
+    if stops is None:
+        return
+    stops = stops if isinstance(stops, list) else [stops]
+    if end in stops:
+        return
+    shown = stops[0] if len(stops) == 1 else stops
+    raise DataError(
+        f"answers end with {tokenizer.convert_ids_to_tokens(end)!r} (id {end}), but {path} stops generation on "
+        f"eos_token_id={shown}: set data.end_token to that token, or add {end} to eos_token_id there"
+    )
+
+
+def tokenize(
+    path: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    limits: Limits,
+    *,
+    template: Template,
+    rejected: Rejected = "ignored",
+) -> Tokenized:
+    """The usable rows of the file ``path``; for ``rejected`` see :func:`read_source_rows`.
+
+    Raises:
+        DataError: the file cannot be read, or the tokenizer has tokens that the model does not know.
+    """
+    source = read_source_rows(path, rejected=rejected)
+    dropped = collections.Counter(source.dropped)
+    rows: list[Row] = []
+    rejected_rows: dict[int, Row] = {}
+    rules = _RowRules(path, tokenizer, limits, template)
+    for item in tqdm(source.rows, desc=f"tokenize {path.name}", unit="row"):
+        try:
+            row = rules.row(item, item.answer)
+            if rejected != "ignored" and item.rejected is not None:
+                rejected_rows[item.index] = rules.row(item, item.rejected)
+        except DroppedRow as dropped_row:
+            dropped[dropped_row.reason] += 1
+        else:
+            rows.append(row)
+    counts = {
+        "read": source.read,
+        "format": source.format,
+        "dropped": {reason: dropped[reason] for reason in DROPPED if dropped[reason]},
+        "capped": sum(row.real_truncated for row in rows),
+        "duplicates": len(rows) - len({tuple(row.prompt_ids) for row in rows}),
+    }
+    return Tokenized(rows, rejected_rows, counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowRules:
+    """Turns rows of one file into token ids."""
+
+    path: Path
+    tokenizer: "PreTrainedTokenizerBase"
+    limits: Limits
+    template: Template
+
+    def row(self, source: SourceRow, text: str) -> Row:
+        """The prompt of ``source`` with the answer ``text``.
+
+        Raises:
+            DroppedRow: it is empty or exceeds a limit, or the end token does not end it.
+            DataError: the model does not know one of its tokens, or the template does not fit.
+        """
+        limits = self.limits
+        prompt = prompt_ids(self.tokenizer, self.template, source.prompt, source.system)
+        answer = answer_ids(self.tokenizer, text, limits.end)
+        if len(prompt) > limits.prompt:
+            raise DroppedRow("long_prompt")
+        if answer == [limits.end]:
+            raise DroppedRow("empty_answer")
+        if not prompt:
+            raise DroppedRow("empty_prompt")
+        if ends_inside(answer, limits.end):
+            raise DroppedRow("end_inside")
+        if limits.whole_answer is not None and len(answer) > limits.whole_answer:
+            raise DroppedRow("long_answer")
+        highest = max(max(prompt), max(answer))
+        if highest >= limits.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise DataError(
+                f"{self.path} row {source.index}: token id {highest} ({token!r}) is not below the model's "
+                f"vocab_size={limits.vocabulary}: the tokenizer has tokens that the model does not know; resize the "
+                "model or use its own tokenizer"
+            )
+        cap = min(limits.answer, limits.total - len(prompt))
+        return Row(source.index, prompt, answer[:cap], real_truncated=len(answer) > cap)
