@@ -33,8 +33,8 @@ SEED = 0
 """Of the order of pairs."""
 
 
-def run_tools(directory: Path, run_dir: Path, overrides: Sequence[str]) -> None:
-    """Prepares, imports and trains in ``run_dir``, each tool in a process of its own.
+def run_before_training(directory: Path, run_dir: Path, overrides: Sequence[str]) -> None:
+    """Prepares and imports in ``run_dir``, each tool in a process of its own.
 
     Raises:
         SystemExit: a tool failed; its message is on stderr.
@@ -44,7 +44,12 @@ def run_tools(directory: Path, run_dir: Path, overrides: Sequence[str]) -> None:
     model = ["--hf", str(model_directory(directory)), "--checkpoint", str(run_dir / "base")]
     run_tool("prepare.py", config, *given)
     run_tool("import_hf.py", "--config", config, *given, *model)
-    run_tool("train.py", config, *given, "--iteration", "0")
+
+
+def training_arguments(directory: Path, run_dir: Path, overrides: Sequence[str]) -> list[str]:
+    """The arguments of tools/train.py."""
+    given = [*settings(directory, read_workload(directory)), *overrides]
+    return [*given, "--run-dir", str(run_dir), "--iteration", "0"]
 
 
 def settings(directory: Path, workload: Workload) -> list[str]:
@@ -104,7 +109,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     run_dir = arguments.out.with_suffix(".run")
     shutil.rmtree(run_dir, ignore_errors=True)
-    run_tools(arguments.workload, run_dir, arguments.overrides)
+    run_before_training(arguments.workload, run_dir, arguments.overrides)
+    run_tool("train.py", *training_arguments(arguments.workload, run_dir, arguments.overrides))
     write_json(arguments.out, recorded(arguments.workload, run_dir))
     shutil.rmtree(run_dir)  # its checkpoint is some ten times the model
 

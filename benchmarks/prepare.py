@@ -103,9 +103,9 @@ def build(directory: Path, data: Path | None, sizes: Sizes) -> Workload:
 
 def shuffled_answers(data: Path) -> list[Preference]:
     """The rows of ``data``, each with another row's answer as the rejected one."""
-    from megatron_spin.data.reading import read_samples
+    from megatron_spin.data.reading import read_source_rows
 
-    samples = read_samples(data).rows
+    samples = read_source_rows(data).rows
     rejected = [sample.answer for sample in samples]
     random.Random(0).shuffle(rejected)
     preferences = []
