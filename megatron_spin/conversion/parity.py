@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from megatron_spin.conversion.records import Parity
-from megatron_spin.data.batcher import Batcher, Example, TokenIds
+from megatron_spin.data.batcher import Batcher, Example
 from megatron_spin.errors import CheckpointError, GateError
-from megatron_spin.hf.logps import hf_token_logps
+from megatron_spin.hf.logps import TokenIds, hf_token_logps
 from megatron_spin.hf.model import load_model
 from megatron_spin.io import atomic_writer
 from megatron_spin.parallel.dims import ParallelDims

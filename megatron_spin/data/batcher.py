@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-TokenIds = Sequence[int]
+from megatron_spin.hf.logps import TokenIds
 
 
 @dataclasses.dataclass(frozen=True)

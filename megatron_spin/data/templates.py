@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_spin.errors import CheckpointError, DataError
+from megatron_spin.hf.assets import tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,10 +20,6 @@ Template = Literal["instruction", "chat", "none"]
 INSTRUCTION = "### Instruction: {prompt}\n\n### Response: "
 """The paper's template."""
 
-_TOKENIZER_FILES = (
-    "tokenizer*", "*.model", "*.model.v*", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "chat_template*", "tekken.json",
-)  # fmt: skip
 _NO_LIMIT = 10**12
 """For ``model_max_length``: lengths are checked row by row in data/tokenization.py, and a tokenizer only warns once."""
 
@@ -54,11 +51,6 @@ def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerBase":
 def decode(tokenizer: "PreTrainedTokenizerBase", sequences: Iterable[Sequence[int]]) -> list[str]:
     """The text of each sequence of token ids, without special tokens."""
     return [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in sequences]
-
-
-def tokenizer_files(hf_dir: Path) -> list[Path]:
-    """Files that define the tokenizer, sorted by name."""
-    return sorted({path for pattern in _TOKENIZER_FILES for path in Path(hf_dir).glob(pattern) if path.is_file()})
 
 
 def tokenizer_sha(hf_dir: Path) -> str:

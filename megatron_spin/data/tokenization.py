@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from megatron_spin.data.templates import (
     prompt_ids,
 )
 from megatron_spin.errors import CheckpointError, ConfigError, DataError
+from megatron_spin.hf.assets import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,11 +82,11 @@ def load_tokenizer_and_limits(config: Config) -> "tuple[PreTrainedTokenizerBase,
         DataError: the end token does not fit the model.
     """
     hf, data = Path(config.model.hf), config.data
-    model = _read_model_json(hf / "config.json")
-    if model is None:
+    if not (hf / "config.json").is_file():
         raise CheckpointError(
             f"model.hf={hf} holds no config.json: give the directory of a Hugging Face model (it is not downloaded)"
         )
+    model = read_json_object(hf / "config.json")
     tokenizer = load_tokenizer(hf)
     end = end_token_id(tokenizer, data.end_token)
     _check_end_token(hf, model, tokenizer, end)
@@ -114,23 +114,10 @@ def load_tokenizer_and_limits(config: Config) -> "tuple[PreTrainedTokenizerBase,
     return tokenizer, limits
 
 
-def _read_model_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in ``path``; None without the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): copy the model again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object: copy the model again")
-    return value
-
-
 def _check_end_token(hf: Path, model: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", end: int) -> None:
     """The token that ends real answers must stop the model's generation, here and wherever the export is used."""
     path = hf / "generation_config.json"
-    stops = (_read_model_json(path) or {}).get("eos_token_id")
+    stops = read_json_object(path).get("eos_token_id") if path.is_file() else None
     if stops is None:
         path = hf / "config.json"
         stops = model.get("eos_token_id")

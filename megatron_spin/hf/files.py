@@ -1,4 +1,4 @@
-"""A Hugging Face model directory as files: its config and its tensors, read and written one at a time. No Megatron."""
+"""The files of a Hugging Face model directory: its config, and its tensors one at a time. No Megatron."""
 
 import contextlib
 import errno
@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_spin.errors import CheckpointError
+from megatron_spin.hf.assets import read_json_object
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""The dtypes of a model here, by the names used in the configuration."""
+"""The dtypes that a model can have, by their names in the configuration."""
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -30,21 +31,23 @@ def read_hf_config(hf_dir: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the directory or the file is missing, or the file is not a JSON object.
     """
-    path = Path(hf_dir) / "config.json"
-    if not Path(hf_dir).is_dir():
+    hf_dir = Path(hf_dir)
+    _check_directory(hf_dir)
+    return read_json_object(hf_dir / "config.json")
+
+
+def _check_directory(hf_dir: Path) -> None:
+    if not hf_dir.is_dir():
         raise CheckpointError(
             f"{hf_dir} is not a directory: give a Hugging Face model directory with config.json and *.safetensors"
         )
-    config = _read_json(path)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object: copy the model again")
-    return config
 
 
 class TensorFiles:
-    """The tensors of a Hugging Face directory by name, in one ``model.safetensors`` or many with an index.
+    """The tensors of a Hugging Face directory by name, from one ``model.safetensors`` or from several files with an index.
 
-    Opening reads every header, so that a truncated or missing file is found before anything is loaded; tensor bytes are read on demand.
+    Opening reads every header, so that a truncated or missing file is found before anything is loaded. The bytes of a
+    tensor are read on demand.
 
     Raises:
         CheckpointError: no safetensors, a file that the index names is missing, or a file is corrupted.
@@ -55,6 +58,7 @@ class TensorFiles:
         self._stack = contextlib.ExitStack()
         self._handles: dict[str, Any] = {}
         self._file_of = self._locate()
+        """Tensor name to file name."""
 
     def __enter__(self) -> Self:
         return self
@@ -73,11 +77,14 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the header, without reading the tensor."""
-        return tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
+        return tuple(self._header(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """Floating point dtype from the header; None where the tensor holds anything else (a quantized model)."""
-        return _HEADER_DTYPES.get(self._handles[self._file_of[name]].get_slice(name).get_dtype())
+        """Floating point dtype from the header; None if the tensor holds anything else, as in a quantized model."""
+        return _HEADER_DTYPES.get(self._header(name).get_dtype())
+
+    def _header(self, name: str) -> Any:
+        return self._handles[self._file_of[name]].get_slice(name)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor on the CPU, in the file's own dtype.
@@ -87,41 +94,42 @@ class TensorFiles:
         """
         if self.dtype(name) is None:
             raise CheckpointError(
-                f"tensor {name} in {self.directory} is not floating point: quantized models are not supported, use a full one"
+                f"tensor {name} in {self.directory} is not floating point: "
+                "quantized models are not supported, use a full one"
             )
+        file = self._file_of[name]
         try:
-            return self._handles[self._file_of[name]].get_tensor(name)
+            return self._handles[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"tensor {name} cannot be read from {self.directory / self._file_of[name]} ({error}): copy the model again"
+                f"tensor {name} cannot be read from {self.directory / file} ({error}): copy the model again"
             ) from None
 
     def _locate(self) -> dict[str, str]:
-        """Maps tensor names to file names; opens all files."""
-        if not self.directory.is_dir():
-            raise CheckpointError(
-                f"{self.directory} is not a directory: give a Hugging Face model directory with config.json and *.safetensors"
-            )
-        index = self.directory / INDEX_FILE
+        """Opens all files; maps tensor names to file names."""
+        _check_directory(self.directory)
         if (self.directory / SINGLE_FILE).is_file():
             return dict.fromkeys(self._open(SINGLE_FILE), SINGLE_FILE)
+        index = self.directory / INDEX_FILE
         if not index.is_file():
             raise CheckpointError(
-                f"{self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}: save it with transformers' save_pretrained"
+                f"{self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}: "
+                "save it with transformers' save_pretrained"
             )
-        contents = _read_json(index)
-        if not isinstance(contents, dict) or not isinstance(contents.get("weight_map"), dict):
+        weight_map: dict[str, str] | None = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} has no weight_map: copy the model again")
-        weight_map: dict[str, str] = contents["weight_map"]
         present = {file: self._open(file) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
             if name not in present[file]:
                 raise CheckpointError(
-                    f"tensor {name} is not in {self.directory / file}, where {INDEX_FILE} says it is: copy the model again"
+                    f"tensor {name} is not in {self.directory / file}, where {INDEX_FILE} says it is: "
+                    "copy the model again"
                 )
         return weight_map
 
     def _open(self, file: str) -> set[str]:
+        """Opens ``file``; the names of its tensors."""
         path = self.directory / file
         try:
             handle = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
@@ -134,7 +142,9 @@ class TensorFiles:
 
 
 def write_safetensors(tensors: Iterable[tuple[str, torch.Tensor]], directory: Path, *, max_shard_bytes: int) -> None:
-    """Writes ``tensors`` as ``model.safetensors``, or as numbered files with an index where they exceed ``max_shard_bytes``.
+    """Writes ``tensors`` as ``model.safetensors``, or as numbered files with an index if they exceed ``max_shard_bytes``.
+
+    At most one file's tensors are in memory at a time.
 
     Raises:
         OSError: the disk is full or not writable, with the system's error number.
@@ -174,17 +184,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        # safetensors hides the system's error number in its text; the command line needs it to tell a full disk from a defect.
+        # safetensors gives the system's error number only in its text. The command line needs it to tell a full disk from
+        # a defect.
         match = _OS_ERROR.search(str(error))
         raise OSError(int(match[1]) if match else errno.EIO, str(error), str(path)) from None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: give a Hugging Face model directory with config.json and *.safetensors"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): copy the model again") from None

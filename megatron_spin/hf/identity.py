@@ -1,4 +1,4 @@
-"""The hash of a model's weights that does not depend on how they are stored or sharded: its identity. No Megatron."""
+"""The identity of a model: a hash of its weights that does not depend on how they are stored or sharded. No Megatron."""
 
 import hashlib
 import re
@@ -17,34 +17,39 @@ def is_buffer(name: str) -> bool:
 
 
 def tensor_digest(tensor: torch.Tensor, dtype: str) -> str:
-    """sha256 of the bytes of ``tensor`` cast to ``dtype`` (``fp32`` or ``bf16``), row-major, hexadecimal."""
+    """sha256 of the bytes of ``tensor`` cast to ``dtype`` (``fp32`` or ``bf16``), row-major; hexadecimal."""
+    if tensor.numel() == 0:
+        return hashlib.sha256(b"").hexdigest()  # an empty tensor has no bytes to view
     data = tensor.detach().to(device="cpu", dtype=DTYPES[dtype]).contiguous().reshape(-1)
-    # An empty tensor has no bytes to view.
-    return hashlib.sha256(data.view(torch.uint8).numpy().data if data.numel() else b"").hexdigest()
+    return hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest()
 
 
 class IdentityHasher:
-    """Collects tensors in any order and gives their common identity."""
+    """Collects tensors in any order and gives the identity of all of them.
+
+    Each tensor adds a line with its name, dtype, shape and digest; the identity is the sha256 of the sorted lines.
+    """
 
     def __init__(self, dtype: str) -> None:
         self.dtype = dtype
-        self._entries: dict[str, str] = {}
+        self._lines: dict[str, str] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> str:
         """Takes in one tensor under its Hugging Face name; returns the digest of its bytes."""
         digest = tensor_digest(tensor, self.dtype)
-        self._entries[name] = f"{name}\t{self.dtype}\t{'x'.join(map(str, tensor.shape))}\t{digest}\n"
+        shape = "x".join(map(str, tensor.shape))
+        self._lines[name] = f"{name}\t{self.dtype}\t{shape}\t{digest}\n"
         return digest
 
     def hexdigest(self, *, without: str | None = None) -> str:
         """64 hexadecimal digits; the tensor named ``without`` does not count."""
-        entries = [self._entries[name] for name in sorted(self._entries) if name != without]
-        return hashlib.sha256("".join(entries).encode()).hexdigest()
+        lines = [self._lines[name] for name in sorted(self._lines) if name != without]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @property
     def names(self) -> list[str]:
         """Names of the tensors so far, sorted."""
-        return sorted(self._entries)
+        return sorted(self._lines)
 
 
 def has_identity(hf_dir: Path, dtype: str, identity: str) -> bool:

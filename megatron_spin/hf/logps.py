@@ -1,56 +1,57 @@
-"""Token log-probs of answers under a transformers model. No Megatron: the other side of every parity check."""
+"""Token log-probs of responses under a transformers model. No Megatron: this is the other side of every parity check."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from megatron_spin.errors import DataError
 
-TokenIds = Sequence[int]
+TokenIds: TypeAlias = Sequence[int]
 
 
 @torch.inference_mode()
 def hf_token_logps(
     model: Any, sequences: Sequence[tuple[TokenIds, TokenIds]], *, batch_size: int, device: torch.device | str
 ) -> list[torch.Tensor]:
-    """log p(response token | all before) for each token of each response, in nats.
+    """log p(response token | all tokens before it) for each token of each response, in nats.
 
-    Logits become log-probs in fp32, whatever the model's dtype. Sequences of similar length share a batch, padded on
-    the right.
+    Logits become log-probs in fp32, whatever the model's dtype. Sequences of similar length share a batch and are padded
+    on the right.
 
     Args:
         model: a transformers causal language model on ``device``.
-        sequences: (prompt ids, response ids) each.
+        sequences: (prompt ids, response ids) pairs.
         batch_size: sequences per forward pass.
 
     Returns:
-        One fp32 CPU tensor [response length] per sequence, in the order given.
+        One fp32 CPU tensor [response length] per sequence, in the given order.
 
     Raises:
-        DataError: a prompt is empty, so that nothing predicts its first answer token.
+        DataError: a prompt is empty, so nothing predicts the first token of its response.
     """
-    if any(not len(prompt) for prompt, _ in sequences):
+    if any(len(prompt) == 0 for prompt, _ in sequences):
         raise DataError(
-            "a prompt without tokens: nothing predicts its first answer token; prompts need at least one token"
+            "a prompt without tokens: nothing predicts the first token of its answer; prompts need at least one token"
         )
     results: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
-    by_length = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]) - len(sequences[i][1]))
-    for start in range(0, len(by_length), batch_size):
-        batch = by_length[start : start + batch_size]
-        length = max(len(sequences[i][0]) + len(sequences[i][1]) for i in batch)
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
+    longest_first = sorted(range(len(sequences)), key=lambda i: -lengths[i])
+    for start in range(0, len(sequences), batch_size):
+        batch = longest_first[start : start + batch_size]
+        length = lengths[batch[0]]
         input_ids = torch.zeros(len(batch), length, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
         for row, i in enumerate(batch):
-            tokens = [*sequences[i][0], *sequences[i][1]]
-            input_ids[row, : len(tokens)] = torch.tensor(tokens)
-            attention_mask[row, : len(tokens)] = 1
+            prompt, response = sequences[i]
+            input_ids[row, : lengths[i]] = torch.tensor([*prompt, *response])
+            attention_mask[row, : lengths[i]] = 1
         logits = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False).logits
         for row, i in enumerate(batch):
             prompt, response = sequences[i]
-            # The logits at a position predict the next token. Only the answer's own become fp32, one sequence at a
-            # time, so that the fp32 copy stays small.
-            own = logits[row, len(prompt) - 1 : len(prompt) + len(response) - 1].float().log_softmax(dim=-1)
-            tokens_of_answer = torch.tensor(list(response), dtype=torch.long, device=own.device)
-            results[i] = own.gather(1, tokens_of_answer[:, None]).squeeze(1).cpu()
+            # The logits at a position predict the next token. Only those that predict the response become fp32, one
+            # sequence at a time: [response length, vocabulary] is large.
+            own = logits[row, len(prompt) - 1 : lengths[i] - 1].float().log_softmax(dim=-1)
+            targets = torch.tensor(list(response), dtype=torch.long, device=own.device)
+            results[i] = own.gather(1, targets[:, None]).squeeze(1).cpu()
     return results

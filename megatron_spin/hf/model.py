@@ -13,7 +13,7 @@ from megatron_spin.hf.files import DTYPES
 def choose_device(name: str) -> torch.device:
     """The device of a transformers model for the configuration's ``device``; ``auto`` takes a GPU if torch sees one.
 
-    Megatron's device is chosen in parallel/, which also prepares the process for Megatron.
+    Megatron needs more: ``parallel/setup.py`` also prepares the process for it.
 
     Raises:
         DeviceError: ``cuda`` and torch sees no GPU.
@@ -21,7 +21,7 @@ def choose_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise DeviceError(
-            "device=cuda, but torch sees no GPU: use device=cpu or auto, or install a CUDA build of torch"
+            "device=cuda, but PyTorch sees no GPU: set device: cpu, or install a CUDA build of PyTorch and a driver"
         )
     if name == "auto":
         name = "cuda" if available else "cpu"

@@ -9,6 +9,7 @@ import torch
 
 from megatron_spin.config import Config, ParallelConfig
 from megatron_spin.errors import DeviceError
+from megatron_spin.hf import model as hf_model
 from megatron_spin.hf.files import read_hf_config
 from megatron_spin.parallel import cpu_device
 from megatron_spin.parallel.dims import ParallelDims
@@ -29,14 +30,10 @@ def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     cpu_device.check_version()
     # Megatron's overlap of tensor parallel communication needs one hardware queue; CUDA reads this when it starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise DeviceError(
-            "device=cuda, but PyTorch sees no GPU: set device: cpu, or install a CUDA build of PyTorch and a driver"
-        )
-    if device == "cpu" or not available:
+    chosen = hf_model.choose_device(device)
+    if chosen.type == "cpu":
         cpu_device.install()
-        return torch.device("cpu")
+        return chosen
     refuse_wrong_apex()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     count = torch.cuda.device_count()

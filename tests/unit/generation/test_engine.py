@@ -33,7 +33,7 @@ def test_a_missing_gpu_is_an_error_and_auto_takes_what_there_is() -> None:
         assert choose_device("cuda").type == choose_device("auto").type == "cuda"
     else:
         assert choose_device("auto").type == "cpu"
-        with pytest.raises(DeviceError, match="torch sees no GPU"):
+        with pytest.raises(DeviceError, match="PyTorch sees no GPU"):
             choose_device("cuda")
     assert choose_device("cpu").type == "cpu"
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_spin.hf.assets import copy_assets, set_dtype, stored_dtype
+from megatron_spin.hf.assets import copy_assets, set_dtype, stored_dtype, tokenizer_files
 
 
 def test_assets_are_copied_and_weights_are_not(tmp_path: Path) -> None:
@@ -32,3 +32,13 @@ def test_set_dtype_changes_nothing_else(tmp_path: Path) -> None:
         "fp32",
         "fp32",
     )
+
+
+def test_every_file_that_defines_the_tokenizer_is_copied(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    names = ["added_tokens.json", "merges.txt", "tekken.json", "tokenizer.json", "tokenizer.model.v3", "vocab.bpe"]
+    for name in [*names, "config.json", "README.md"]:
+        (source / name).write_text("{}")
+    assert [path.name for path in tokenizer_files(source)] == names
+    assert copy_assets(source, tmp_path / "copy") == sorted([*names, "config.json"])
