@@ -50,7 +50,8 @@ def export_hf(
             it raises discards the export.
 
     Raises:
-        CheckpointError: as :func:`megatron_spin.conversion.stream.stream_hf`, or ``out_dir`` holds something that is no export.
+        CheckpointError: as :func:`megatron_spin.conversion.stream.stream_hf`, or ``out_dir`` holds something that is no
+            export.
         OSError: the disk is full (nothing is left behind) or not writable.
     """
     out_dir = Path(out_dir)
@@ -70,7 +71,8 @@ def export_hf(
                 if dims.rank == 0:
                     write_safetensors(_hashed(tensors, hasher), temporary, max_shard_bytes=max_shard_bytes)
             finally:
-                # The other ranks only take part in the stream. If rank 0 fails to write, they still wait to send the rest.
+                # The other ranks only take part in the stream. If rank 0 fails to write, they still wait to send the
+                # rest.
                 for _ in tensors:
                     pass
             if dims.rank == 0:

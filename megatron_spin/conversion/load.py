@@ -22,12 +22,12 @@ def load_hf(model: Sequence[torch.nn.Module], hf_dir: Path, dims: ParallelDims, 
     """Fills ``model`` (this rank's chunks) with the weights in ``hf_dir``, cast to the parameters' dtype; a collective.
 
     Each rank reads only the tensors that it holds a part of, and holds one parameter's at a time. Rows that pad the
-    vocabulary become zero; the last stage's copy of a tied embedding is filled too. Names and shapes are checked against
-    the headers of the files before anything is written, and an error of one rank is raised by all.
+    vocabulary become zero; the last stage's copy of a tied embedding is filled too. Names and shapes are checked
+    against the headers of the files before anything is written, and an error of one rank is raised by all.
 
     Args:
-        through: a dtype (``fp32`` or ``bf16``) that the weights are rounded to first: what an engine that runs in it would
-            hold.
+        through: a dtype (``fp32`` or ``bf16``) that the weights are rounded to first: what an engine that runs in it
+            would hold.
 
     Raises:
         CheckpointError: a tensor is missing, has no place in the model or has another shape; a parameter has no rule; a
@@ -89,7 +89,7 @@ def _fill(item: Mapped, files: TensorFiles, *, geometry: Geometry, dims: Paralle
     shard = item.rule.split(tensors, tp_rank=dims.tp_rank, tp_size=dims.tp_size, local=item.shape, geometry=geometry)
     if tuple(shard.shape) != item.shape:
         raise CheckpointError(
-            f"tensors {', '.join(item.hf_names)} make a shard of shape {tuple(shard.shape)}, but Megatron's {item.name} "
-            f"is {item.shape}: config.json and model.transformer disagree on heads or sizes"
+            f"tensors {', '.join(item.hf_names)} make a shard of shape {tuple(shard.shape)}, but Megatron's "
+            f"{item.name} is {item.shape}: config.json and model.transformer disagree on heads or sizes"
         )
     item.parameter.copy_(shard)

@@ -1,4 +1,4 @@
-"""The conversion gate: the Hugging Face model must give the Megatron model's log-probs, token by token, before anyone uses it."""
+"""The conversion gate: a Hugging Face model must give the Megatron model's log-probs, token by token, before use."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.pipeline import collect_token_logps, run_schedule
 
 PROBE_FILE = "probe.safetensors"
+"""Where the trainer leaves its :class:`ParitySample` in the checkpoint directory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Bound:
     largest: float
 
     def holds(self, differences: torch.Tensor) -> bool:
-        """Whether ``differences`` [tokens] keep to it; not if one is infinite."""
+        """Whether ``differences`` [tokens] are within the bound; never if one is infinite."""
         return (
             bool(differences.isfinite().all())
             and float(differences.mean()) <= self.mean
@@ -40,32 +41,36 @@ class Bound:
 
 
 BOUNDS = {"fp32": Bound(mean=1e-4, largest=1e-4), "bf16": Bound(mean=0.02, largest=0.5)}
-"""fp32: only the order of sums differs. bf16: two implementations round every activation differently (8 bits of mantissa), and a rare,
-improbable token moves most; a wrongly mapped weight moves the mean by far more than 0.02."""
+"""fp32: only the order of sums differs. bf16: two implementations round every activation differently (8 bits of
+mantissa), and a rare, improbable token moves most; a wrongly mapped weight moves the mean by far more than 0.02."""
 NOISE = 2.0
-"""How much further than transformers' own bf16 the Megatron model's may be from fp32: of two roundings of one function neither is much worse
-(SmolLM2-135M on random tokens: 0.060 nats a token on average, transformers 0.082). A fault smaller than the rounding is not seen in bf16."""
+"""The Megatron model in bf16 may be this many times as far from fp32 as transformers in bf16: of two roundings of the
+same function neither is much worse (SmolLM2-135M on random tokens: 0.060 nats per token on average, transformers
+0.082). A fault smaller than the rounding is not seen in bf16."""
 CEILING = Bound(mean=0.25, largest=5.0)
-"""Where rounding alone moves a model further than this nothing can be told of it."""
+"""Beyond this, rounding noise hides any real difference."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ParitySample:
-    """Sequences and the trainer's log-probs of their answers. Everything is aligned to ``input_ids``: position t speaks of token t."""
+    """Sequences and the Megatron model's log-probs of their responses; in every tensor position t is about token t."""
 
     input_ids: torch.Tensor
-    """[n, s] int64: prompt, answer, padding."""
+    """[n, s] int64: prompt, response, padding."""
     response_mask: torch.Tensor
-    """[n, s] int64: 1 on the answer's tokens."""
+    """[n, s] int64: 1 on the response's tokens."""
     token_logps: torch.Tensor
     """[n, s] fp32: log p(input_ids[t] | input_ids[:t]) in nats where ``response_mask`` is 1, else 0."""
 
     def save(self, path: Path) -> None:
         """Writes the sample as safetensors, whole or not at all."""
+        tensors = {
+            "input_ids": self.input_ids.contiguous().cpu(),
+            "response_mask": self.response_mask.contiguous().cpu(),
+            "token_logps": self.token_logps.contiguous().cpu(),
+        }
         with atomic_writer(path, "wb") as file:
-            file.write(
-                save({field.name: getattr(self, field.name).contiguous().cpu() for field in dataclasses.fields(self)})
-            )
+            file.write(save(tensors))
 
     @staticmethod
     def load(path: Path) -> "ParitySample":
@@ -76,7 +81,11 @@ class ParitySample:
         """
         try:
             tensors = load_file(path)
-            return ParitySample(**{field.name: tensors[field.name] for field in dataclasses.fields(ParitySample)})
+            return ParitySample(
+                input_ids=tensors["input_ids"],
+                response_mask=tensors["response_mask"],
+                token_logps=tensors["token_logps"],
+            )
         except (SafetensorError, OSError, KeyError) as error:
             raise CheckpointError(
                 f"{path} is no parity sample ({error}): delete it, then a random one is used"
@@ -94,7 +103,10 @@ class ParitySample:
 def random_sequences(
     hf_config: dict[str, Any], *, number: int = 4, length: int = 64, seed: int = 0
 ) -> list[tuple[TokenIds, TokenIds]]:
-    """Uniformly random tokens, the first of each sequence as its prompt; longer than a short sliding window, so that the window counts."""
+    """Uniformly random tokens; the first token of each sequence is its prompt.
+
+    They are longer than a short sliding window, so that a wrong window is seen.
+    """
     window = hf_config.get("sliding_window")
     if isinstance(window, int) and window < 1024:
         length = max(length, window + 32)
@@ -107,11 +119,11 @@ def random_sequences(
 def parity_sample(
     model: Sequence[torch.nn.Module], sequences: Sequence[tuple[TokenIds, TokenIds]], *, dims: ParallelDims
 ) -> ParitySample:
-    """Runs ``sequences`` through the Megatron model, one microbatch, and gives the sample on every rank; a collective.
+    """Runs ``sequences`` through the Megatron model as one microbatch; a collective with one result for every rank.
 
     Args:
         model: this rank's chunks, its padded vocabulary masked (:func:`megatron_spin.models.vocabulary.mask_padding`).
-        sequences: (prompt ids, response ids) each; at least one prompt token.
+        sequences: (prompt ids, response ids) pairs; a prompt has at least one token.
     """
     examples = [Example(prompt, (response,)) for prompt, response in sequences]
     batcher = Batcher(
@@ -124,13 +136,13 @@ def parity_sample(
     )
     [batch] = batcher.microbatches(np.arange(len(examples)))
     results = run_schedule(collect_token_logps(), model, [batch], forward_only=True)
-    # Labels are one token ahead of inputs; the sample speaks of the tokens themselves, so everything moves right by one.
+    # Labels are one token ahead of inputs. The sample is about the tokens themselves, so everything moves right by one.
     input_ids = torch.cat([batch.input_ids[:, :1], batch.labels], dim=1)
     response_mask = torch.nn.functional.pad(batch.response_mask.long(), (1, 0))
     logps = torch.zeros(input_ids.shape, dtype=torch.float32, device=dims.device)
     if results and dims.tp_rank == 0 and dims.dp_rank == 0:
         logps[:, 1:] = torch.where(batch.response_mask > 0, results[0], 0.0)
-    dist.all_reduce(logps)  # one rank has them, the others add zeros
+    dist.all_reduce(logps)  # one rank holds them, the others add zeros
     return ParitySample(input_ids.cpu(), response_mask.cpu(), logps.cpu())
 
 
@@ -139,8 +151,8 @@ def check_parity(
 ) -> Parity:
     """Compares ``sample`` with the transformers model in ``hf_dir``, run in ``dtype``.
 
-    Where bf16 differs by more than ``bound``, the model may be one that rounding moves that much: transformers in fp32 then tells, and the
-    sample may be as far from it as :data:`NOISE` times transformers in bf16 is.
+    If bf16 differs by more than ``bound``, rounding may move this model that much. transformers in fp32 then decides:
+    the sample may be :data:`NOISE` times as far from it as transformers in bf16 is.
 
     Raises:
         GateError: they differ by more than that; the message names the largest difference and where it is.
@@ -150,32 +162,42 @@ def check_parity(
     expected = sample.token_logps[sample.response_mask.bool()]
 
     def logps(dtype: str) -> torch.Tensor:
-        return torch.cat(
-            hf_token_logps(
-                load_model(hf_dir, dtype=dtype, device=device), sequences, batch_size=batch_size, device=device
-            )
-        )
+        model = load_model(hf_dir, dtype=dtype, device=device)
+        return torch.cat(hf_token_logps(model, sequences, batch_size=batch_size, device=device))
 
     found = logps(dtype)
-    differences, between = _differences(found, expected), "and the Megatron model"
+    differences = _differences(found, expected)
+    compared = "and the Megatron model"
     parity = Parity(mean_difference=float(differences.mean()), largest_difference=float(differences.max()))
     if bound.holds(differences):
         return parity
     if dtype == "bf16" and bool(found.isfinite().all()):
         exact = logps("fp32")
         noise = _differences(found, exact)
-        bound = Bound(min(NOISE * float(noise.mean()), CEILING.mean), min(NOISE * float(noise.max()), CEILING.largest))
-        differences, between = _differences(exact, expected), "in fp32 and the Megatron model in bf16"
+        bound = Bound(
+            mean=min(NOISE * float(noise.mean()), CEILING.mean),
+            largest=min(NOISE * float(noise.max()), CEILING.largest),
+        )
+        differences = _differences(exact, expected)
+        compared = "in fp32 and the Megatron model in bf16"
         if bound.holds(differences):
             return parity
-    worst = int(differences.argmax())
-    rows = [(row, position) for row, (_, answer) in enumerate(sequences) for position in range(len(answer))]
-    row, position = rows[worst]
+    row, position = _place(sequences, int(differences.argmax()))
     raise GateError(
-        f"the Hugging Face model {hf_dir} {between} differ by {float(differences.max()):.3g} nats a token (mean "
-        f"{float(differences.mean()):.3g}; allowed {bound.largest:.3g}, mean {bound.mean:.3g}), most at answer token {position} of sequence {row}: "
-        "weights or config.json were altered, or a model.transformer setting has no Hugging Face form"
+        f"the Hugging Face model {hf_dir} {compared} differ by {float(differences.max()):.3g} nats per token (mean "
+        f"{float(differences.mean()):.3g}; allowed {bound.largest:.3g}, mean {bound.mean:.3g}), most at answer token "
+        f"{position} of sequence {row}: weights or config.json were altered, or a model.transformer setting has no "
+        "Hugging Face form"
     )
+
+
+def _place(sequences: Sequence[tuple[TokenIds, TokenIds]], index: int) -> tuple[int, int]:
+    """(sequence, position in its response) of response token ``index``, counted over all sequences."""
+    for row, (_, response) in enumerate(sequences):
+        if index < len(response):
+            return row, index
+        index -= len(response)
+    raise IndexError(index)
 
 
 def _differences(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -40,8 +40,8 @@ def stream_hf(
 
     One at a time, each parameter is gathered over the tensor parallel ranks of the pipeline stage (and of the expert
     parallel rank) that holds it, and sent to rank 0. Only rank 0 yields, but every rank must exhaust the iterator
-    (``for _ in stream_hf(...): pass``). Padding of the vocabulary is never yielded, nor is the copy of a tied embedding,
-    which must equal the original.
+    (``for _ in stream_hf(...): pass``). Padding of the vocabulary is never yielded, nor is the copy of a tied
+    embedding, which must equal the original.
 
     Args:
         model: this rank's chunks.
@@ -49,16 +49,19 @@ def stream_hf(
         dtype: ``fp32`` or ``bf16``.
 
     Raises:
-        CheckpointError: a parameter has no rule, layers or experts are missing, or the copies of a tied embedding differ.
+        CheckpointError: a parameter has no rule, layers or experts are missing, or the copies of a tied embedding
+            differ.
     """
     family = family_of(hf_config)
     with raised_everywhere(dims):
         geometry = family.geometry(hf_config)
         mapped = mapped_parameters(model, family=family, geometry=geometry, dims=dims)
         own = _entries(mapped, dims, geometry)
+    # Stages and expert ranks hold different parameters: after both gathers every rank knows all of them.
     for group, size in ((dims.pg_collection.pp, dims.pp_size), (dims.pg_collection.ep, dims.ep_size)):
         if size > 1:
             own = list(itertools.chain.from_iterable(gather_objects(own, dims, group)))
+    # The same order on every rank, so that sends and receives match.
     entries = sorted(own, key=lambda entry: (entry.order, entry.source))
     with raised_everywhere(dims):
         _check_complete(entries, family, geometry)
@@ -79,8 +82,8 @@ def stream_hf(
             yield name, tensor
     if copy_digest and copy_digest != embedding_digest:
         raise CheckpointError(
-            "the last pipeline stage's copy of the tied embedding differs from the first stage's: the model was trained "
-            "without reducing their gradients, so it has no Hugging Face form; train it again"
+            "the last pipeline stage's copy of the tied embedding differs from the first stage's: the model was "
+            "trained without reducing their gradients, so it has no Hugging Face form; train it again"
         )
 
 
@@ -114,11 +117,13 @@ def _check_complete(entries: Sequence[_Entry], family: Family, geometry: Geometr
     if not geometry.tied:
         required.append(family.output)
     missing = [name for name in required if name not in present]
-    missing += [f"layer {number}" for number in range(geometry.num_layers) if number not in layers]
+    for layer in range(geometry.num_layers):
+        if layer not in layers:
+            missing.append(f"layer {layer}")
     for layer, numbers in sorted(experts.items()):
-        missing += [
-            f"expert {number} of layer {layer}" for number in range(geometry.num_experts) if number not in numbers
-        ]
+        for expert in range(geometry.num_experts):
+            if expert not in numbers:
+                missing.append(f"expert {expert} of layer {layer}")
     if missing or len(layers) > geometry.num_layers:
         raise CheckpointError(
             f"the Megatron model has {len(layers)} layers and lacks {', '.join(missing) or 'nothing'}, but config.json "
@@ -143,6 +148,7 @@ def _collect(
         if dims.rank == 0:
             # Copies: what is yielded must neither alias a parameter nor share one storage among several tensors.
             return [tensor.clone(memory_format=torch.contiguous_format).cpu() for tensor in tensors]
+        # Straight to rank 0, over the group of all ranks: an expert's stage group need not hold rank 0.
         for tensor in tensors:
             dist.send(tensor.contiguous(), dst=0)
         return []
@@ -155,10 +161,11 @@ def _collect(
 
 
 def _gather_shards(local: torch.Tensor, dims: ParallelDims) -> list[torch.Tensor]:
-    """All tensor parallel shards on the group's first rank; only the own one on the others."""
+    """All tensor parallel shards on the group's first rank; this rank's own on the others."""
     if dims.tp_size == 1:
         return [local]
-    group = dims.pg_collection.tp
-    shards = [torch.empty_like(local) for _ in range(dims.tp_size)] if dims.tp_rank == 0 else None
-    dist.gather(local.contiguous(), shards, dst=_first_tensor_rank(dims), group=group)
+    shards = None
+    if dims.tp_rank == 0:
+        shards = [torch.empty_like(local) for _ in range(dims.tp_size)]
+    dist.gather(local.contiguous(), shards, dst=_first_tensor_rank(dims), group=dims.pg_collection.tp)
     return shards or [local]

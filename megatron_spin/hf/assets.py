@@ -72,7 +72,7 @@ def stored_dtype(hf_config: dict[str, Any]) -> str:
 
 
 def set_dtype(hf_dir: Path, dtype: str) -> None:
-    """Writes the dtype (``fp32`` or ``bf16``) into ``config.json`` under the key that it uses; all else and its order stay.
+    """Writes the dtype (``fp32`` or ``bf16``) into ``config.json`` under the key that it uses; nothing else changes.
 
     Raises:
         CheckpointError: as :func:`read_json_object`.

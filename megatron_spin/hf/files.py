@@ -44,7 +44,7 @@ def _check_directory(hf_dir: Path) -> None:
 
 
 class TensorFiles:
-    """The tensors of a Hugging Face directory by name, from one ``model.safetensors`` or from several files with an index.
+    """The tensors of a Hugging Face directory by name, from one ``model.safetensors`` or several files with an index.
 
     Opening reads every header, so that a truncated or missing file is found before anything is loaded. The bytes of a
     tensor are read on demand.
@@ -142,7 +142,7 @@ class TensorFiles:
 
 
 def write_safetensors(tensors: Iterable[tuple[str, torch.Tensor]], directory: Path, *, max_shard_bytes: int) -> None:
-    """Writes ``tensors`` as ``model.safetensors``, or as numbered files with an index if they exceed ``max_shard_bytes``.
+    """Writes ``tensors`` as ``model.safetensors``, or as numbered files with an index beyond ``max_shard_bytes``.
 
     At most one file's tensors are in memory at a time.
 
@@ -184,7 +184,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        # safetensors gives the system's error number only in its text. The command line needs it to tell a full disk from
-        # a defect.
+        # safetensors gives the system's error number only in its text. The command line needs it to tell a full disk
+        # from a defect.
         match = _OS_ERROR.search(str(error))
         raise OSError(int(match[1]) if match else errno.EIO, str(error), str(path)) from None

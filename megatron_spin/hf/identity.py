@@ -1,4 +1,4 @@
-"""The identity of a model: a hash of its weights that does not depend on how they are stored or sharded. No Megatron."""
+"""The identity of a model: a hash of its weights, however they are stored or sharded. No Megatron."""
 
 import hashlib
 import re

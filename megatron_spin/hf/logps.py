@@ -1,4 +1,4 @@
-"""Token log-probs of responses under a transformers model. No Megatron: this is the other side of every parity check."""
+"""Token log-probs of responses under a transformers model: the other side of every parity check. No Megatron."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -16,8 +16,8 @@ def hf_token_logps(
 ) -> list[torch.Tensor]:
     """log p(response token | all tokens before it) for each token of each response, in nats.
 
-    Logits become log-probs in fp32, whatever the model's dtype. Sequences of similar length share a batch and are padded
-    on the right.
+    Logits become log-probs in fp32, whatever the model's dtype. Sequences of similar length share a batch and are
+    padded on the right.
 
     Args:
         model: a transformers causal language model on ``device``.

@@ -1,4 +1,4 @@
-"""Core attention of the local layer spec: torch's scaled dot product attention, causal, with Mistral's sliding window."""
+"""Core attention of the local layer spec: torch's scaled dot product attention, causal, with a sliding window."""
 
 from typing import Any
 
@@ -9,32 +9,38 @@ from torch import Tensor
 
 from megatron_spin.errors import ConfigError
 
+COMPUTED = {
+    "attention_dropout": 0,
+    "softmax_type": "vanilla",
+    "apply_query_key_layer_scaling": False,
+    "context_parallel_size": 1,
+}
+"""Fields of TransformerConfig for which this attention computes only one value."""
+
 
 class SDPAttention(torch.nn.Module):
     """Causal attention over right-padded batches, on CPU and CUDA.
 
-    No mask is ever passed: padding is on the right, so no real position sees it. Grouped queries are not repeated in memory.
+    It takes no padding mask: padding is on the right, so causality hides it from every real position. Grouped queries
+        are
+    not repeated in memory.
     """
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
     ) -> None:
-        # Megatron passes a growing list of further arguments (mask type, communication type, groups ...); none changes this function.
+        # Megatron passes a growing list of further arguments (mask type, communication type, groups ...); none of them
+        # changes this function.
         super().__init__()
-        self.softmax_scale = softmax_scale
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
-        self.window = config.window_size if windowed else None
-        ours = {
-            "attention_dropout": 0,
-            "softmax_type": "vanilla",
-            "apply_query_key_layer_scaling": False,
-            "context_parallel_size": 1,
-        }
-        for name, value in ours.items():
+        for name, value in COMPUTED.items():
             if getattr(config, name) != value:
                 raise ConfigError(
                     f"the local layer spec's attention computes {name}={value!r} only, not {getattr(config, name)!r}"
                 )
+        self.softmax_scale = softmax_scale
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size if windowed else None
+        """(positions before, positions after), or None; -1 is unlimited."""
 
     def forward(
         self,
@@ -64,7 +70,7 @@ class SDPAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).reshape(length, q.shape[0], -1)
 
     def _window_mask(self, length: int, device: torch.device) -> Tensor | None:
-        """[s, s] of bool, True where the query sees the key, or None where the window holds all anyway."""
+        """[s, s] bool, True where the query sees the key; None if every query sees all keys before it."""
         if self.window is None or self.window[0] < 0 or self.window[0] >= length - 1:
             return None
         position = torch.arange(length, device=device)

@@ -30,21 +30,26 @@ class RuleMatch:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A Hugging Face architecture in terms of GPTModel. One file of ``models/families/`` describes one, as ``FAMILY``."""
+    """A Hugging Face architecture in terms of GPTModel.
+
+    Each file of ``models/families/`` describes one, as ``FAMILY``. Its functions take the contents of ``config.json``;
+    those other than ``refuse`` and ``geometry`` are called after ``refuse``.
+    """
 
     model_types: tuple[str, ...]
     """Values of ``model_type`` in ``config.json``; the first one names the family."""
     refuse: Callable[[HfConfig], None]
-    """Raises ConfigError for everything in ``config.json`` that is missing or that GPTModel would silently leave out."""
+    """Raises ConfigError for everything that is missing or that GPTModel would silently leave out."""
     transformer_fields: Callable[[HfConfig], dict[str, Any]]
-    """``config.json`` to the fields of Megatron's TransformerConfig that define the function; called after ``refuse``."""
+    """The fields of Megatron's TransformerConfig that define what the model computes."""
     gpt_arguments: Callable[[HfConfig], dict[str, Any]]
-    """``config.json`` to the further arguments of GPTModel: position embedding, maximum length; called after ``refuse``."""
+    """The further arguments of GPTModel: position embedding and maximum length."""
     rules: Mapping[str, Rule]
     """Megatron parameter to rule, in the order of export.
 
-    ``{layer}`` is the layer's number in the whole model and ``{expert}`` the expert's number in its layer, both from 0. A
-    parameter has one row, or two where the local layer spec and Transformer Engine's fused modules name it differently.
+    ``{layer}`` is the layer's number in the whole model and ``{expert}`` the expert's number in its layer, both from 0.
+    A parameter has one row, or two where the local layer spec and Transformer Engine's fused modules name it
+    differently.
     """
     geometry: Callable[[HfConfig], Geometry] = Geometry.from_hf
     embedding: str = "embedding.word_embeddings.weight"
@@ -72,8 +77,8 @@ class Family:
             return RuleMatch(pattern, position, numbers.get("layer"), numbers.get("expert"), self.rules[source])
         raise CheckpointError(
             f"Megatron parameter {parameter} has no Hugging Face counterpart in family {self.model_types[0]}, so "
-            "converting would lose it: add a rule to the family's file in megatron_spin/models/families/, or change the "
-            "model.transformer setting that creates it"
+            "converting would lose it: add a rule to the family's file in megatron_spin/models/families/, or change "
+            "the model.transformer setting that creates it"
         )
 
     def is_tied_copy(self, tensor: str, *, tied: bool) -> bool:

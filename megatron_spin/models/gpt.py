@@ -49,7 +49,7 @@ FIXED = (
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel: int) -> int:
-    """Rows of the embedding: ``vocab_size`` rounded up to a multiple of ``divisible_by * tensor_parallel``, as in Megatron."""
+    """Rows of the embedding: ``vocab_size`` rounded up to a multiple of ``divisible_by * tensor_parallel``."""
     multiple = divisible_by * tensor_parallel
     return -(-vocab_size // multiple) * multiple
 
@@ -59,7 +59,8 @@ def transformer_config(hf_config: HfConfig, config: Config, dims: ParallelDims) 
 
     Raises:
         CheckpointError: no family has the ``model_type`` of ``hf_config``.
-        ConfigError: ``model.transformer`` has an unknown field, or ``hf_config`` something that GPTModel does not compute.
+        ConfigError: ``model.transformer`` has an unknown field, or ``hf_config`` something that GPTModel does not
+            compute.
     """
     family = family_of(hf_config)
     family.refuse(hf_config)

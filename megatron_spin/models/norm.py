@@ -1,4 +1,4 @@
-"""RMSNorm for the local layer spec, which Megatron's own local norm refuses under sequence parallelism."""
+"""RMSNorm of the local layer spec; Megatron's own local norm does not support sequence parallelism."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from megatron.core.transformer import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm whose weight is marked, so that its gradient is summed over the sequence's shards.
+    """torch's RMSNorm, its weight marked so that Megatron sums its gradient over the shards of the sequence.
 
-    Input and output: [s, b, h] (or [s / tp, b, h] under sequence parallelism).
+    Input and output: [s, b, h], or [s / tp, b, h] under sequence parallelism.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Compute dtype and FP8 of a model: the fields of Megatron's TransformerConfig, and the wrapper that casts its inputs."""
+"""Compute dtype and FP8 of a model: fields of Megatron's TransformerConfig, and the wrapper that casts its inputs."""
 
 from typing import Any
 
@@ -11,7 +11,10 @@ from megatron_spin.hf.files import DTYPES
 
 
 def precision_fields(config: Config) -> dict[str, Any]:
-    """The ``TransformerConfig`` fields that ``precision`` stands for; parallel/fp8.py checked before whether FP8 exists here."""
+    """The fields of TransformerConfig that the section ``precision`` stands for.
+
+    Whether FP8 can run here was checked before, in ``parallel/fp8.py``.
+    """
     dtype = DTYPES[config.precision.dtype]
     return {
         "params_dtype": dtype,
@@ -22,21 +25,24 @@ def precision_fields(config: Config) -> dict[str, Any]:
 
 
 def allowed_dtypes(config: Config) -> set[torch.dtype]:
-    """What a provider's parameters may be: Float16Module casts fp32 to bf16, nothing casts the other way."""
+    """Dtypes that a provider's parameters may have: Float16Module casts fp32 to bf16, nothing casts bf16 to fp32."""
     return {torch.float32, DTYPES[config.precision.dtype]}
 
 
 def in_precision(model: MegatronModule, config: Config) -> MegatronModule:
-    """``model`` itself in fp32; in bf16 wrapped so that its floating point inputs are cast down and the last stage's outputs up.
+    """``model`` itself in fp32; in bf16 wrapped, so that its inputs are cast to bf16 and the last stage's outputs to
+    fp32.
 
     Raises:
-        ConfigError: a provider's own configuration contradicts ``precision.dtype``.
+        ConfigError: a provider's own TransformerConfig contradicts the section ``precision``.
     """
     wanted = {"bf16": config.precision.dtype == "bf16", "fp16": False, "fp8": config.precision.fp8}
     for name, value in wanted.items():
-        if (getattr(model.config, name, None) or None) != (value or None):
+        found = getattr(model.config, name, None)
+        # False and None both mean that it is off.
+        if (found or None) != (value or None):
             raise ConfigError(
-                f"the model's TransformerConfig has {name}={getattr(model.config, name, None)!r}, but precision asks for {value!r}: "
+                f"the model's TransformerConfig has {name}={found!r}, but precision asks for {value!r}: "
                 "make model.provider and precision agree"
             )
     return Float16Module(model.config, model) if wanted["bf16"] else model

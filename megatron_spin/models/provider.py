@@ -1,5 +1,6 @@
-"""Models are built here and nowhere else: by our provider from a Hugging Face config, or by the user's, with Megatron's signature."""
+"""The one place where models are built: by the provider from a Hugging Face config, or by the user's own."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,25 +22,19 @@ from megatron_spin.parallel.cpu_device import megatron_region
 from megatron_spin.parallel.dims import ParallelDims
 
 ModelProvider = Callable[..., MegatronModule]
-"""``(pre_process, post_process, vp_stage) -> model``: Megatron-LM's ``model_provider``, Megatron-Bridge's ``GPTModelProvider.provide``."""
+"""``(pre_process, post_process, vp_stage) -> model``, the signature of Megatron-LM's ``model_provider`` and of
+Megatron-Bridge's ``GPTModelProvider.provide``."""
 
 
 def model_provider(config: Config, dims: ParallelDims) -> ModelProvider:
-    """The provider that ``model.provider`` names, or ours.
+    """The provider that ``model.provider`` names; by default :func:`megatron_spin.models.gpt.gpt_model`.
 
     Raises:
         ConfigError: the name is not ``package.module:function``, cannot be imported or is no function.
     """
     name = config.model.provider
     if name is None:
-        hf_config = read_hf_config(Path(config.model.hf))
-
-        def ours(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> MegatronModule:
-            return gpt_model(
-                hf_config, config, dims, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
-            )
-
-        return ours
+        return functools.partial(gpt_model, read_hf_config(Path(config.model.hf)), config, dims)
     provider: ModelProvider = load_named(name, key="model.provider", kind="function")
     if not callable(provider):
         raise ConfigError(
@@ -49,11 +44,12 @@ def model_provider(config: Config, dims: ParallelDims) -> ModelProvider:
 
 
 def build_model(config: Config, dims: ParallelDims) -> list[MegatronModule]:
-    """This rank's model chunks on its device, weights uninitialized (ours) or as the provider made them.
+    """This rank's model chunks on its device; the weights are uninitialized, or as the user's provider made them.
 
-    The padding of the vocabulary never counts in the loss; bf16 models are wrapped in Megatron's Float16Module.
+    The padding of the vocabulary does not count in the loss. bf16 models are wrapped in Megatron's Float16Module.
 
     Raises:
+        CheckpointError: ``model.hf`` has no readable config.json, or one of no known family.
         ConfigError: the provider cannot be found, or its model has dropout or another dtype than ``precision.dtype``.
     """
     provider = model_provider(config, dims)
@@ -72,36 +68,41 @@ def build_model(config: Config, dims: ParallelDims) -> list[MegatronModule]:
 
 
 def _check_provided(model: MegatronModule, config: Config) -> None:
-    """What a user's provider easily forgets, since Megatron's defaults are others, and what would go wrong without a word."""
-    where = f"model.provider={config.model.provider!r}"
+    """Refuses what a user's provider easily forgets, since Megatron's defaults differ, and what would fail silently."""
+    where = f"model.provider={config.model.provider!r}" if config.model.provider else "the model"
     for name in ("hidden_dropout", "attention_dropout"):
         value = getattr(model.config, name, 0.0)
         if value:
             raise ConfigError(
-                f"{where} sets {name}={value}: it must be 0, since scoring and training must be one function (Megatron has 0.1)"
+                f"{where} sets {name}={value}: it must be 0, since scoring and training must be one function "
+                "(Megatron's default is 0.1)"
             )
     if config.parallel.pipeline_model_parallel_size > 1 and getattr(model.config, "num_moe_experts", None):
         dispatcher = model.config.moe_token_dispatcher_type
         if dispatcher == "allgather":
             raise ConfigError(
-                f"{where} sets moe_token_dispatcher_type={dispatcher}: pipeline stages exchange microbatches of different "
-                "lengths, which needs alltoall"
+                f"{where} sets moe_token_dispatcher_type={dispatcher}: pipeline stages exchange microbatches of "
+                "different lengths, which needs alltoall"
             )
-    wrong = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()} - allowed_dtypes(
-        config
-    )
-    if wrong:
-        raise ConfigError(
-            f"{where} made {wrong.pop()} parameters, but precision.dtype={config.precision.dtype}: make them agree"
-        )
+    allowed = allowed_dtypes(config)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype not in allowed:
+            raise ConfigError(
+                f"{where} made {parameter.dtype} parameters, but precision.dtype={config.precision.dtype}: "
+                "make them agree"
+            )
 
 
 def _mark_tensor_parallel(model: MegatronModule) -> None:
-    """Megatron marks sharded weights only while it initializes them; of unmarked ones the gradient norm sees the first rank's alone."""
+    """Marks sharded weights as Megatron does when it initializes them, which is left out here.
+
+    The gradient norm counts an unmarked weight on the first tensor parallel rank only.
+    """
     for module in model.modules():
         sharded = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
         weight = getattr(module, "weight", None)
         if sharded and weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(weight, True, int(isinstance(module, RowParallelLinear)), 1)
+            dimension = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)
     for parameter in model.parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

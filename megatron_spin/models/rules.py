@@ -1,9 +1,9 @@
 """Rules: how Hugging Face tensors become one rank's Megatron parameter, and back. Pure; no process group.
 
 A rule is a frozen dataclass. ``split`` takes the whole Hugging Face tensors and gives one tensor parallel rank's shard;
-``merge`` takes the shards of all ranks and gives the Hugging Face tensors. They are inverse for every tensor parallel size,
-which the property tests check. Experts are whole parameters: each expert parallel rank holds some of a layer's experts, and
-:func:`global_expert` says which.
+``merge`` takes the shards of all ranks and gives the Hugging Face tensors. They are inverse for every tensor parallel
+size, which the property tests check. Experts are whole parameters: each expert parallel rank holds some of a layer's
+experts, and :func:`global_expert` says which.
 """
 
 import dataclasses
@@ -69,8 +69,8 @@ class Geometry:
 class Rule:
     """How the Hugging Face tensors ``hf`` make up one Megatron parameter.
 
-    ``{layer}`` and ``{expert}`` in the names stand for the layer's number in the model and the expert's number in its layer,
-    both from 0.
+    ``{layer}`` and ``{expert}`` in the names stand for the layer's number in the model and the expert's number in its
+    layer, both from 0.
     """
 
     hf: tuple[str, ...]
@@ -83,7 +83,7 @@ class Rule:
         return tuple(name.format(layer=layer, expert=expert) for name in self.hf)
 
     def hf_shapes(self, local: Shape, *, tp_size: int, geometry: Geometry) -> list[Shape]:
-        """Shapes of the Hugging Face tensors, given the ``local`` shape of the parameter on one of ``tp_size`` ranks."""
+        """Shapes of the Hugging Face tensors, given the parameter's ``local`` shape on each of ``tp_size`` ranks."""
         raise NotImplementedError
 
     def split(
@@ -133,7 +133,10 @@ class RowParallel(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class VocabParallel(Rule):
-    """Ranks hold consecutive rows of the vocabulary; zero rows pad it behind the last real token and are never merged back."""
+    """Ranks hold consecutive rows of the vocabulary.
+
+    Zero rows pad it behind the last real token; they are never merged back.
+    """
 
     def hf_shapes(self, local: Shape, *, tp_size: int, geometry: Geometry) -> list[Shape]:
         # A model with fewer rows than the vocabulary can only be filled up to its own size; the shapes then differ.
@@ -152,10 +155,11 @@ class VocabParallel(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class QueryKeyValue(Rule):
-    """Megatron's ``linear_qkv``: for each query group its queries, then its key, then its value; ``hf`` names q, k and v.
+    """Megatron's ``linear_qkv``: for each query group its queries, then its key, then its value; ``hf`` names q, k and
+    v.
 
-    Ranks hold consecutive rows. With fewer groups than ranks, a rank's rows end within a group; Megatron gathers them in
-    its forward pass.
+    Ranks hold consecutive rows. With fewer groups than ranks, a rank's rows end within a group; Megatron gathers them
+    in its forward pass.
     """
 
     def hf_shapes(self, local: Shape, *, tp_size: int, geometry: Geometry) -> list[Shape]:

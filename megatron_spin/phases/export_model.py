@@ -25,9 +25,9 @@ from megatron_spin.training.checkpoint import load_checkpoint
 def export_model(config: Config, checkpoint: Path, out_dir: Path, *, dims: ParallelDims, dtype: str) -> Converted:
     """Writes the latest checkpoint as a Hugging Face directory in ``dtype``; a collective.
 
-    The model computes in ``config.precision.dtype``. The gate compares the finished temporary directory with the trainer's
-    own log-probs (``probe.safetensors`` in ``checkpoint``) or, if the trainer left none, with those of the loaded model on
-    random tokens. Only then is the directory renamed into place.
+    The model computes in ``config.precision.dtype``. The gate compares the finished temporary directory with the
+    trainer's own log-probs (``probe.safetensors`` in ``checkpoint``) or, if the trainer left none, with those of the
+    loaded model on random tokens. Only then is the directory renamed into place.
 
     Raises:
         CheckpointError: the checkpoint or its ``hf/`` files are missing, corrupted or of another model.

@@ -19,8 +19,8 @@ from megatron_spin.training.checkpoint import latest_step, save_checkpoint
 def import_model(config: Config, checkpoint: Path, *, dims: ParallelDims) -> Converted:
     """Writes the Hugging Face model ``config.model.hf`` as the checkpoint of step 0; a collective.
 
-    The checkpoint is in ``config.precision.dtype``. Two gates run before anything is written: streaming the loaded model
-    back must give the bytes of the files (equal identities), and its log-probs must be those of transformers.
+    The checkpoint is in ``config.precision.dtype``. Two gates run before anything is written: streaming the loaded
+    model back must give the bytes of the files (equal identities), and its log-probs must be those of transformers.
 
     Raises:
         CheckpointError: the model cannot be read or has another architecture, or ``checkpoint`` already holds training.

@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron -> Hugging Face is bitwise equal at every layout, and what does not fit is refused on every rank alike."""
+"""Hugging Face -> Megatron -> Hugging Face is bitwise equal at every layout; every rank refuses what does not fit."""
 
 import errno
 import re
@@ -133,11 +133,14 @@ def test_the_gate_catches_one_altered_weight(world, models, tmp_path, case: str,
     print({name: min(change for (n, change), found in caught.items() if n == name and found) for name in names})
     for fault, found in caught.items():
         assert found or fault[1] < 0.02, fault
-    assert all(re.search(r"differ by \S+ nats a token", result) for result in results if isinstance(result, str))
+    assert all(re.search(r"differ by \S+ nats per token", result) for result in results if isinstance(result, str))
 
 
 def test_the_gate_knows_a_model_that_rounding_moves_from_a_wrong_one(world, tmp_path) -> None:
-    """In bf16 a deep model with large weights differs from transformers by more than the fixed bound, as real ones do on random tokens."""
+    """In bf16 a deep model with large weights differs from transformers by more than the fixed bound.
+
+    Real models do so on random tokens.
+    """
     hf_dir = make_model(tmp_path / "model", "llama", layers=8, scale=0.2, dtype=torch.bfloat16)
     faults = [("model.norm.weight", 3.0), ("model.layers.0.self_attn.v_proj.weight", 3.0)]
     sound, *results = world(1).run(

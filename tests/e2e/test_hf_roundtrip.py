@@ -114,7 +114,7 @@ def test_the_trainers_probe_is_what_counts(checkpoint, mistral, tmp_path) -> Non
         out = tmp_path / f"out_{altered}"
         result = run_tool("export_hf.py", "--checkpoint", copy, "--hf", out, check=False)
         if altered:
-            assert "nats a token" in one_line(result, 1)
+            assert "nats per token" in one_line(result, 1)
             assert not out.exists() and not list(tmp_path.glob(".*"))
         else:
             assert result.returncode == 0, result.stderr

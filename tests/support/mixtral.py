@@ -1,4 +1,4 @@
-"""A family that only the tests know, Mixtral: what a family's one file must say of a mixture of experts, and its ranks."""
+"""Mixtral, a family that only the tests know: what the one file of a mixture of experts holds, and its ranks' work."""
 
 import dataclasses
 from pathlib import Path
@@ -80,7 +80,10 @@ def tiny_mixtral(directory: Path, *, seed: int = 0) -> Path:
 def build(
     hf_dir: Path, *, tp_size: int = 1, pp_size: int = 1, ep_size: int = 1, **transformer: Any
 ) -> tuple[list[Any], Any]:
-    """(model filled with NaN, dims) of this rank, with the family registered; the configuration has no expert parallelism."""
+    """(model filled with NaN, dims) of this rank, with the family registered.
+
+    Expert parallel groups are made here, since the section ``parallel`` has no size for them.
+    """
     from megatron_spin.parallel.setup import choose_device, initialize
     from tests.support.ranks import tiny_config
 

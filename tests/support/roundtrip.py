@@ -75,7 +75,7 @@ def start(
 
 
 def _initialized(parallel: Any, device: torch.device) -> Any:
-    """The layout, the last call's where it is the same: every new one costs a world dozens of gloo groups with their threads."""
+    """The layout, taken from the last call if it is the same: a new one costs a world dozens of gloo groups."""
     from megatron.core import parallel_state
 
     from megatron_spin.parallel.setup import initialize
@@ -92,7 +92,8 @@ _last: list[Any] = []
 
 
 def roundtrip(hf_dir: Path, out_dir: Path, *, tp_size: int = 1, pp_size: int = 1, dtype: str = "fp32") -> str:
-    """Loads, checks padding and tied copies, exports in small shards and compares with the original; every rank calls it.
+    """Loads, checks padding and tied copies, exports in small shards and compares with the original; every rank calls
+    it.
 
     Returns:
         The identity, on every rank.
@@ -131,7 +132,7 @@ def load_error(hf_dir: Path, *, built_from: Path, tp_size: int, pp_size: int) ->
 
 
 def untied_copies_error(hf_dir: Path, out_dir: Path) -> str:
-    """What export says on this rank of PP2 after one number of the last stage's copy of a tied embedding has moved by one bit."""
+    """What export says on this rank of PP2 after one bit of the last stage's copy of a tied embedding has changed."""
     from megatron_spin.errors import CheckpointError
 
     model, dims = start(hf_dir, pp_size=2)
@@ -150,7 +151,7 @@ def untied_copies_error(hf_dir: Path, out_dir: Path) -> str:
 
 
 def export_without_space(hf_dir: Path, out_dir: Path, *, tp_size: int, pp_size: int, limit: int) -> int | None:
-    """The system's error number with which an export ends, on this rank, where no file may grow beyond ``limit`` bytes."""
+    """The system's error number with which an export ends on this rank if no file may grow beyond ``limit`` bytes."""
     model, dims = start(hf_dir, tp_size=tp_size, pp_size=pp_size)
     from megatron_spin.conversion.export import export_hf
     from megatron_spin.conversion.load import load_hf
@@ -170,7 +171,8 @@ def export_without_space(hf_dir: Path, out_dir: Path, *, tp_size: int, pp_size: 
 def gate_differences(
     hf_dir: Path, work: Path, *, tp_size: int, pp_size: int, faults: list[tuple[str, float]], dtype: str = "fp32"
 ) -> list[float | str]:
-    """Sound model first, then each fault alone: the gate's largest difference in nats, or its message; on rank 0 (empty elsewhere).
+    """Sound model first, then each fault alone: the gate's largest difference in nats, or its message; on rank 0 (empty
+    elsewhere).
 
     Args:
         faults: (tensor, relative change of its largest element).

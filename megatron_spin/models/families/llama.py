@@ -79,7 +79,8 @@ def rope_arguments(hf_config: HfConfig) -> dict[str, Any]:
     rotary_base = rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(
-            f"the model's partial_rotary_factor={rope['partial_rotary_factor']} is not supported: use a model without it"
+            f"the model's partial_rotary_factor={rope['partial_rotary_factor']} is not supported: "
+            "use a model without it"
         )
     if rope_type == "default":
         return {"rotary_base": rotary_base}

@@ -1,4 +1,4 @@
-"""Experts over tensor and expert parallel ranks, on plain tensors: every rank's parameters together are all of a layer's experts."""
+"""Experts over tensor and expert parallel ranks, on plain tensors: the ranks together hold each expert once."""
 
 import pytest
 import torch

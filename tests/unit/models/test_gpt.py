@@ -145,7 +145,8 @@ def test_head_size_of_its_own(world, tmp_path):
 
     torch.manual_seed(0)
     settings = MistralConfig(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
         head_dim=32, sliding_window=None, initializer_range=0.15, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     MistralForCausalLM(settings).save_pretrained(tmp_path)

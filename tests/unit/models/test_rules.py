@@ -1,4 +1,4 @@
-"""The rules on plain tensors: split and merge are inverse for every tensor parallel size, and put each row where Megatron looks for it."""
+"""The rules on plain tensors: split and merge are inverse at every size, and each row is where Megatron expects it."""
 
 import pytest
 import torch
@@ -59,8 +59,13 @@ def assert_inverse(
 TP = st.integers(1, 8)
 SMALL = st.integers(1, 5)
 CONFIG = {
-    "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "vocab_size": 83,
-}  # fmt: skip
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 32,
+    "vocab_size": 83,
+}
 
 
 @settings(max_examples=60)
