@@ -93,7 +93,7 @@ def test_a_run_records_its_import_and_export(tmp_path) -> None:
 
 
 def test_the_trainers_probe_is_what_counts(checkpoint, mistral, tmp_path) -> None:
-    """A probe of other weights (one element moved by 2%) stops the export, and nothing appears; the trainer's own lets it pass."""
+    """A sample of other weights (one element moved by 2%) stops the export and leaves nothing; the trainer's passes."""
     from megatron_spin.hf.logps import hf_token_logps
 
     model = AutoModelForCausalLM.from_pretrained(mistral).eval()

@@ -1,4 +1,4 @@
-"""Token log-probs of Llama and Mistral models against transformers in fp32, and the models that are refused."""
+"""Token log-probs of Llama and Mistral against transformers in fp32; models and providers that are refused."""
 
 import json
 from pathlib import Path
