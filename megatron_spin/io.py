@@ -50,6 +50,28 @@ def read_json(path: Path) -> Any:
         raise RunDirError(f"{path} is not JSON ({error}): delete it and run the phase again") from None
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a JSON Lines file of the run directory; none if it does not exist.
+
+    A last line without a line break is left out: its writer was killed, or is still writing it.
+
+    Raises:
+        RunDirError: a complete line is not JSON.
+    """
+    if not path.exists():
+        return []
+    # Not splitlines(): it also splits at characters that JSON may hold, such as U+2028.
+    lines = path.read_text().split("\n")[:-1]
+    values = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            problem = f"{path} line {number} is damaged ({error})"
+            raise RunDirError(f"{problem}: delete the file and run the phase again") from None
+    return values
+
+
 def sha256(path: Path) -> str:
     """Hash of a file's bytes, hexadecimal."""
     with open(path, "rb") as file:

@@ -26,11 +26,11 @@ def main() -> None:
         return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    from megatron_spin.evaluation.answers import Player
+    from megatron_spin.evaluation.answers import EvaluatedModel
     from megatron_spin.phases.evaluate import evaluate
 
     started = time.monotonic()
-    result = evaluate(config, run_dir, Player.of(config, target))
+    result = evaluate(config, run_dir, EvaluatedModel.of(config, target))
     for key in (
         "nll_per_token",
         "exact_match_sampled",
@@ -38,11 +38,10 @@ def main() -> None:
         "truncated_fraction",
         "opponent_accuracy",
     ):
-        if result[key] is not None:
-            print(f"  {key:<20} {result[key]:.4f}")
-    run_dir.mark_done(
-        phase, seconds=time.monotonic() - started, model=result["model"], num_prompts=result["num_prompts"]
-    )
+        value = result.measure(key).value
+        if value is not None:
+            print(f"  {key:<20} {value:.4f}")
+    run_dir.mark_done(phase, seconds=time.monotonic() - started, model=result.model, num_prompts=result.num_prompts)
 
 
 if __name__ == "__main__":

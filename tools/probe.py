@@ -56,12 +56,11 @@ def main() -> None:
         sys.exit(status)  # the driver has said why
 
     from megatron_spin.io import write_json
-    from megatron_spin.report.diagnosis import print_probe, probe
-    from megatron_spin.run.directory import RunDir
+    from megatron_spin.report.diagnosis import print_diagnosis, read_diagnosis
 
-    result = probe(RunDir(root))
+    result = read_diagnosis(root)
     write_json(root / "probe.json", dataclasses.asdict(result))
-    print_probe(result)
+    print_diagnosis(result)
     print(f"written to {root / 'probe.json'}")
 
 

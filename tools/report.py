@@ -37,7 +37,8 @@ def main() -> None:
 
     from megatron_spin.io import atomic_writer
     from megatron_spin.report.plot import plot
-    from megatron_spin.report.table import print_report, report_markdown
+    from megatron_spin.report.table import report_markdown
+    from megatron_spin.report.terminal import print_report
 
     picture, text = arguments.run_dir / "report.png", arguments.run_dir / "report.md"
     plot(results, picture)
@@ -50,11 +51,11 @@ def main() -> None:
 def write_samples(results: "Results", count: int, decoding: "Decoding") -> Path | None:
     """Writes samples.md beside the report; None where it is not wanted or no model has answered anything yet."""
     from megatron_spin.io import atomic_writer
-    from megatron_spin.report.side_by_side import read_samples, samples_markdown
+    from megatron_spin.report.side_by_side import read_shown, samples_markdown
 
     if not count or not results.evaluated:
         return None
-    shown = read_samples(results.root, count=count, decoding=decoding)
+    shown = read_shown(results.root, count=count, decoding=decoding)
     page = results.root / "samples.md"
     with atomic_writer(page) as file:
         file.write(samples_markdown(shown, name=results.config.name, decoding=decoding))

@@ -6,33 +6,43 @@ One panel has the share of careless answers, the other the accuracy of the caref
 import argparse
 import io
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from examples.experiments.experiment import Experiment, read_experiment
-from examples.experiments.table import Values, measured
+from examples.experiments.table import measured
 from megatron_spin import cli
 from megatron_spin.errors import RunDirError
+from megatron_spin.evaluation.record import Evaluation, PatternMeasures
 from megatron_spin.io import atomic_writer
-from megatron_spin.report.plot import STYLE
+from megatron_spin.report.style import FAINT, INK, SPIN, STYLE, WARM
 
-COLORS = ("#1f6f8b", "#d1603d", "#2b2f36", "#8a919c", "#7a9e3d")
+COLORS = (SPIN, WARM, INK, FAINT, "#7a9e3d")
 DATA_SHARE = 20.0
 """Percent of careless answers in the data of self-play (make_problems.py)."""
-PANELS = {"careless answers, %": "sampled", "careful answers that are right, %": "exact_match_without"}
+Value = Callable[[PatternMeasures], float | None]
+PANELS: dict[str, Value] = {
+    "careless answers, %": lambda careless: careless.sampled,
+    "careful answers that are right, %": lambda careless: careless.exact_match_without,
+}
 
 
-def series(rows: dict[str, dict[int, Values]], arm: str, key: str) -> list[tuple[float, float]]:
+def series(rows: dict[str, dict[int, Evaluation]], arm: str, value: Value) -> list[tuple[float, float]]:
     """Mean and standard deviation over the seeds, in percent: the model that ``arm`` starts from, each iteration."""
     labels = ["sft", *(str(t) for t in range(len(rows)) if f"{arm}/{t}" in rows)]
     points = []
     for label in labels:
-        values = [100 * evaluation["patterns"]["careless"][key] for evaluation in rows[f"{arm}/{label}"].values()]
+        values = []
+        for evaluation in rows[f"{arm}/{label}"].values():
+            share = value(evaluation.answers.patterns["careless"])
+            assert share is not None, "there are careless and careful answers in every arm"
+            values.append(100 * share)
         points.append((statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
     return points
 
 
-def draw(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> bytes:
+def draw(experiment: Experiment, rows: dict[str, dict[int, Evaluation]]) -> bytes:
     """The picture as PNG."""
     import matplotlib
 
@@ -41,10 +51,10 @@ def draw(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> bytes:
 
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(1, len(PANELS), figsize=(8, 3.1), layout="constrained")
-        for ax, (title, key) in zip(axes, PANELS.items(), strict=True):
-            _panel(ax, {arm: series(rows, arm, key) for arm in experiment.arms if f"{arm}/sft" in rows})
+        for ax, (title, value) in zip(axes, PANELS.items(), strict=True):
+            _panel(ax, {arm: series(rows, arm, value) for arm in experiment.arms if f"{arm}/sft" in rows})
             ax.set_title(title)
-        axes[0].axhline(DATA_SHARE, color="#8a919c", linewidth=1.2, linestyle="--", label="in the data")
+        axes[0].axhline(DATA_SHARE, color=FAINT, linewidth=1.2, linestyle="--", label="in the data")
         axes[0].legend()
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})

@@ -6,31 +6,40 @@ A row is one model of one arm: mean and standard deviation over the seeds that h
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from examples.experiments.experiment import Experiment, read_experiment
 from megatron_spin import cli
 from megatron_spin.config import at_iteration, load_config
 from megatron_spin.errors import RunDirError
+from megatron_spin.evaluation.record import Evaluation, PatternMeasures
 from megatron_spin.io import atomic_writer, read_json
 from megatron_spin.phases.guard import played, rolled_back
-from megatron_spin.report.results import players
+from megatron_spin.report.results import compared_models
 from megatron_spin.report.table import DASH, Table, markdown
 from megatron_spin.run.directory import RunDir
 from scripts.update_readme import replace_block
 
-Values = dict[str, Any]
-"""What an ``eval.json`` holds."""
+Value = Callable[[Evaluation], float | None]
+"""Takes one number of an evaluation."""
 
 
-def _pattern(key: str) -> Callable[[Values], float | None]:
-    return lambda values: values["patterns"]["careless"][key]
+def _careless(evaluation: Evaluation) -> PatternMeasures:
+    """How careless answers, those without a check, fare."""
+    return evaluation.answers.patterns["careless"]
 
 
-def _share(key: str) -> Callable[[Values], float | None]:
-    return lambda values: values[key]
+def _matched(evaluation: Evaluation) -> float:
+    """The exact match that claims are about."""
+    value = evaluation.answers.exact_match_sampled.value
+    assert value is not None, "an evaluation has at least one prompt"
+    return value
+
+
+def _named(key: str) -> Value:
+    return lambda evaluation: evaluation.measure(key).value
 
 
 def _percent(value: float) -> str:
@@ -41,55 +50,52 @@ def _nats(value: float) -> str:
     return f"{value:.4f}"
 
 
-COLUMNS: dict[str, tuple[Callable[[Values], float | None], Callable[[float], str]]] = {
-    "sampled exact match %": (lambda values: values["exact_match_sampled"], _percent),
-    "greedy %": (lambda values: values["exact_match_greedy"], _percent),
-    "careless %": (_pattern("sampled"), _percent),
-    "careful ones right %": (_pattern("exact_match_without"), _percent),
-    "NLL/token, clean": (lambda values: values["nll_per_token"], _nats),
-    "NLL/token, the data's mix": (lambda values: values["likelihood"]["mix"]["nll_per_token"], _nats),
+COLUMNS: dict[str, tuple[Value, Callable[[float], str]]] = {
+    "sampled exact match %": (_matched, _percent),
+    "greedy %": (_named("exact_match_greedy"), _percent),
+    "careless %": (lambda evaluation: _careless(evaluation).sampled, _percent),
+    "careful ones right %": (lambda evaluation: _careless(evaluation).exact_match_without, _percent),
+    "NLL/token, clean": (_named("nll_per_token"), _nats),
+    "NLL/token, the data's mix": (lambda evaluation: evaluation.logps.likelihood["mix"].value, _nats),
 }
 
 
-def measured(experiment: Experiment, root: Path) -> dict[str, dict[int, Values]]:
+def measured(experiment: Experiment, root: Path) -> dict[str, dict[int, Evaluation]]:
     """The evaluations by row (``ARM/sft``, ``ARM/BASELINE``, ``ARM/ITERATION``, then the ``best`` ones) and by seed."""
-    rows: dict[str, dict[int, Values]] = {}
+    rows: dict[str, dict[int, Evaluation]] = {}
     for arm in experiment.arms:
         for seed in experiment.seeds:
             run_dir = experiment.run_dir(root, seed, arm)
-            for name, values in _evaluations(run_dir).items():
-                rows.setdefault(f"{arm}/{name}", {})[seed] = values
+            for name, evaluation in _evaluations(run_dir).items():
+                rows.setdefault(f"{arm}/{name}", {})[seed] = evaluation
     for name, others in experiment.best.items():
         missing = [other for other in others if other not in rows]
         if missing:
             continue
         seeds = set.intersection(*(set(rows[other]) for other in others))
-        rows[name] = {
-            seed: max((rows[other][seed] for other in others), key=lambda values: values["exact_match_sampled"])
-            for seed in sorted(seeds)
-        }
+        rows[name] = {seed: max((rows[other][seed] for other in others), key=_matched) for seed in sorted(seeds)}
     return rows
 
 
-def _evaluations(run_dir: RunDir) -> dict[str, Values]:
+def _evaluations(run_dir: RunDir) -> dict[str, Evaluation]:
     if not run_dir.config.exists():
         return {}
-    return {
-        target.label: read_json(target.eval)
-        for _, target in players(load_config(run_dir.config), run_dir)
-        if target.eval.exists()
-    }
+    evaluations = {}
+    for _, target in compared_models(load_config(run_dir.config), run_dir):
+        if target.eval.exists():
+            evaluations[target.label] = Evaluation.read(target.eval)
+    return evaluations
 
 
-def table(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table:
+def table(experiment: Experiment, rows: dict[str, dict[int, Evaluation]]) -> Table:
     """Means and spreads. The SFT model, the same in every arm of a seed, is shown once."""
-    shown: dict[str, dict[int, Values]] = {}
+    shown: dict[str, dict[int, Evaluation]] = {}
     for name, by_seed in rows.items():
         arm, _, label = name.partition("/")
         if label == "sft" and experiment.arms[arm].after is not None:
             continue  # it began with another arm's policy
         shown.setdefault("SFT" if label == "sft" else _words(experiment, name), {}).update(by_seed)
-    columns = COLUMNS | {title: (_share(key), _percent) for title, key in experiment.columns.items()}
+    columns = COLUMNS | {title: (_named(key), _percent) for title, key in experiment.columns.items()}
     cells = [
         [name, str(len(by_seed)), *(_cell(by_seed.values(), *column) for column in columns.values())]
         for name, by_seed in shown.items()
@@ -105,7 +111,7 @@ def _words(experiment: Experiment, row: str) -> str:
     return label if len(experiment.arms) == 1 else f"{arm}, {label}"
 
 
-def _cell(evaluations: Any, value: Callable[[Values], float | None], text: Callable[[float], str]) -> str:
+def _cell(evaluations: Iterable[Evaluation], value: Value, text: Callable[[float], str]) -> str:
     values = [found for found in map(value, evaluations) if found is not None]
     if not values:
         return DASH
@@ -113,14 +119,12 @@ def _cell(evaluations: Any, value: Callable[[Values], float | None], text: Calla
     return text(statistics.fmean(values)) + spread
 
 
-def claims(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> list[str]:
+def claims(experiment: Experiment, rows: dict[str, dict[int, Evaluation]]) -> list[str]:
     """One line per claim: the seeds on which the left row's sampled exact match is higher, and the mean difference."""
     lines = []
     for left, right in experiment.claims:
         first, second = rows.get(left, {}), rows.get(right, {})
-        gains = [
-            first[seed]["exact_match_sampled"] - second[seed]["exact_match_sampled"] for seed in first if seed in second
-        ]
+        gains = [_matched(first[seed]) - _matched(second[seed]) for seed in first if seed in second]
         if not gains:
             lines.append(f"- {_words(experiment, left)} above {_words(experiment, right)}: not measured")
             continue
@@ -131,7 +135,7 @@ def claims(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> list[s
     return lines
 
 
-def by_seed(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table:
+def by_seed(experiment: Experiment, rows: dict[str, dict[int, Evaluation]]) -> Table:
     """Sampled exact match of every row and seed."""
     names = [
         name for name in rows if not name.endswith("/sft") or name == f"{next(iter(experiment.arms))}/sft"
@@ -139,10 +143,7 @@ def by_seed(experiment: Experiment, rows: dict[str, dict[int, Values]]) -> Table
     cells = [
         [
             _words(experiment, name),
-            *(
-                _percent(rows[name][seed]["exact_match_sampled"]) if seed in rows[name] else DASH
-                for seed in experiment.seeds
-            ),
+            *(_percent(_matched(rows[name][seed])) if seed in rows[name] else DASH for seed in experiment.seeds),
         ]
         for name in names
     ]

@@ -1,4 +1,7 @@
-"""Answers to the held-out prompts, generated once per model: those sampled by one iteration are the opponent's of the next."""
+"""Answers to the held-out prompts, generated once per model and kept in its directory.
+
+What one iteration sampled serves the next iteration, too, as the answers of its opponent.
+"""
 
 import dataclasses
 import hashlib
@@ -20,71 +23,95 @@ CACHE = "eval_samples.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class Player:
-    """A model that answers: an iteration's policy, a baseline, or the model as it came (the baseline ``sft``)."""
+class EvaluatedModel:
+    """A model that is measured: an iteration's policy, a baseline, or the model that the run starts from (``sft``)."""
 
     hf: Path
     target: Target
     identity: str
 
     @classmethod
-    def of(cls, config: Config, target: Target) -> "Player":
-        """The player of ``target``.
+    def of(cls, config: Config, target: Target) -> "EvaluatedModel":
+        """The model of ``target``.
 
         Raises:
-            CheckpointError: there are no readable weights.
+            CheckpointError: it has no readable weights.
         """
         hf = Path(config.model.hf) if target.baseline == "sft" else target.hf
         return cls(hf, target, identity(hf, config.precision.export_dtype))
 
 
-def held_out_answers(
-    config: Config, player: Player, rows: Sequence[Row], *, end_token_id: int, only: str | None = None
-) -> dict[str, list[Completion]]:
-    """One answer a row for each pass: ``greedy``, and ``sampled_0``, ``sampled_1`` ... at temperature 1 (or just the pass ``only``).
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One answer to each held-out prompt."""
 
-    What is in the cache and belongs to this very model, these prompts and these settings is not generated again.
+    name: str
+    """Its name in the cache."""
+    temperature: float
+    """0 is greedy."""
+    seed: int
+
+
+def greedy_pass(config: Config) -> Pass:
+    return Pass("greedy", temperature=0.0, seed=config.evaluation.seed)
+
+
+def sampled_pass(config: Config, number: int) -> Pass:
+    """The sample ``number`` of ``evaluation.samples``, from 0."""
+    return Pass(f"sampled_{number}", temperature=1.0, seed=config.evaluation.seed + number)
+
+
+def held_out_answers(
+    config: Config, model: EvaluatedModel, rows: Sequence[Row], passes: Sequence[Pass], *, end_token_id: int
+) -> list[list[Completion]]:
+    """For each of ``passes``, one answer per row.
+
+    Answers in the cache are taken if they belong to this model, these prompts and these settings.
     """
-    cache = AnswerCache(player.target.directory / CACHE, _key(config, player, rows))
-    names = [only] if only else ["greedy", *(f"sampled_{k}" for k in range(config.evaluation.samples))]
-    missing = [name for name in names if name not in cache.passes]
+    cache = AnswerCache(model.target.directory / CACHE, _key(config, model, rows))
+    missing = [item for item in passes if item.name not in cache.passes]
     if missing:
-        _generate(config, player, rows, missing, cache, end_token_id)
-    return {name: cache.passes[name] for name in names}
+        _generate(config, model, rows, missing, cache, end_token_id)
+    return [cache.passes[item.name] for item in passes]
 
 
 def _generate(
-    config: Config, player: Player, rows: Sequence[Row], names: Sequence[str], cache: "AnswerCache", end_token_id: int
+    config: Config,
+    model: EvaluatedModel,
+    rows: Sequence[Row],
+    passes: Sequence[Pass],
+    cache: "AnswerCache",
+    end_token_id: int,
 ) -> None:
-    """Generates the passes ``names`` with one start of the engine."""
-    settings = _settings(config, player)
-    iteration = player.target.iteration or 0
+    """Generates ``passes`` with one start of the engine and adds each to the cache."""
     prompts = [row.prompt_ids for row in rows]
-    caps = answer_caps(prompts, max_new_tokens=settings["max_new_tokens"], max_length=config.data.max_length)
-    engine = engine_settings(config, iteration, hf_dir=player.hf, end_token_id=end_token_id)
+    caps = answer_caps(prompts, max_new_tokens=config.held_out_cap, max_length=config.data.max_length)
+    engine = engine_settings(config, model.target.iteration or 0, hf_dir=model.hf, end_token_id=end_token_id)
     bar = tqdm(
-        total=len(prompts) * len(names), desc=f"answers of {player.target.label}", unit="prompt", dynamic_ncols=True
+        total=len(prompts) * len(passes), desc=f"answers of {model.target.label}", unit="prompt", dynamic_ncols=True
     )
 
     def advance(finished: int, _tokens: int) -> None:
         bar.update(finished)
 
     with bar, open_session(engine) as session:
-        for name in names:
-            greedy, number = name == "greedy", int(name.partition("_")[2] or 0)
+        for item in passes:
             answers = session.generate(
                 prompts,
                 max_new_tokens=caps,
-                temperature=0.0 if greedy else 1.0,
+                temperature=item.temperature,
                 top_p=1.0,
-                seed=settings["seed"] + number,
+                seed=item.seed,
                 progress=advance,
             )
-            cache.add(name, answers)
+            cache.add(item.name, answers)
 
 
 class AnswerCache:
-    """The file ``eval_samples.jsonl``: whose answers these are, then one line an answer; rewritten whole after each pass."""
+    """The file ``eval_samples.jsonl``: a key in its first line, then one line per answer.
+
+    The key says which model answered which prompts with which settings. The file is rewritten whole after each pass.
+    """
 
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
         self.path = path
@@ -94,7 +121,7 @@ class AnswerCache:
             self._read()
 
     def add(self, name: str, completions: Sequence[Completion]) -> None:
-        """Keeps one pass over all rows."""
+        """Keeps one answer to each prompt."""
         self.passes[name] = list(completions)
         with atomic_writer(self.path) as file:
             file.write(json.dumps(self.key) + "\n")
@@ -105,25 +132,21 @@ class AnswerCache:
 
     def _read(self) -> None:
         with open(self.path) as file:
-            # Answers of another model or to other prompts are of no use; they are written over.
+            # Answers of another model or to other prompts are ignored here and overwritten by the next pass.
             if json.loads(file.readline()) != self.key:
                 return
             for line in file:
                 entry = json.loads(line)
-                self.passes.setdefault(entry["pass"], []).append(
-                    Completion(entry["generated_ids"], entry["finish_reason"])
-                )
+                completion = Completion(entry["generated_ids"], entry["finish_reason"])
+                self.passes.setdefault(entry["pass"], []).append(completion)
 
 
-def _key(config: Config, player: Player, rows: Sequence[Row]) -> dict[str, Any]:
-    prompts = hashlib.sha256(json.dumps([list(map(int, row.prompt_ids)) for row in rows]).encode()).hexdigest()
-    return {"model": player.identity, "prompts": prompts, **_settings(config, player)}
-
-
-def _settings(config: Config, player: Player) -> dict[str, Any]:
-    """How ``player`` answers; all are cut where the real answers were."""
-    engine: Engine = at_iteration(config.generation.engine, player.target.iteration or 0)
+def _key(config: Config, model: EvaluatedModel, rows: Sequence[Row]) -> dict[str, Any]:
+    prompts = [list(map(int, row.prompt_ids)) for row in rows]
+    engine: Engine = at_iteration(config.generation.engine, model.target.iteration or 0)
     return {
+        "model": model.identity,
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "dtype": config.precision.export_dtype,
         "engine": engine,
         "max_new_tokens": config.held_out_cap,

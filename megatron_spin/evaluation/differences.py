@@ -1,18 +1,22 @@
-"""What tells generated answers from real ones, by plain counting. Self-play can only learn what differs systematically. No torch."""
+"""What tells generated answers from real ones, by plain counting. No torch.
+
+Self-play can only learn what differs systematically.
+"""
 
 import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from megatron_spin.evaluation.metrics import Answer, Mean, mean
+from megatron_spin.evaluation.metrics import Answer, mean
+from megatron_spin.evaluation.record import Mean
 
 WORD = re.compile(r"\w+|[^\w\s]")
 LONGEST = 3
-"""Words in a phrase, at most."""
+"""Most words in a phrase."""
 PRIOR = 1.0
-"""Pseudo-count of answers with a phrase and without it, in both groups: rare phrases do not stand out by chance."""
+"""Pseudo-count of answers with and without a phrase, in both groups: rare phrases do not stand out by chance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Phrase:
     generated: float
     """Share of the generated answers that have it."""
     z: float
-    """Log-odds ratio over its standard error; positive: real answers have it more often."""
+    """Log-odds ratio over its standard error; positive if real answers have it more often."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +38,17 @@ class Differences:
 
     pairs: int
     length_real: Mean
-    """Tokens of a real answer."""
+    """Tokens per real answer."""
     length_generated: Mean
     length_difference: Mean
-    """Real less generated, pair by pair."""
+    """Real minus generated, pair by pair."""
     ended_real: float
     """Share with an end token."""
     ended_generated: float
     identical: float
     """Share of pairs whose two answers are the same, token for token."""
     phrases: list[Phrase]
-    """The most distinctive ones, strongest first."""
+    """The most distinctive phrases, strongest first."""
 
 
 def differences(
@@ -54,47 +58,48 @@ def differences(
 
     Args:
         real, generated: answers to the same prompts, in the same order; at least one.
-        count: how many phrases to name, at most.
-        least_z: phrases whose z is nearer to zero are left out; there are many phrases, so 2 would be chance.
+        count: most phrases to name.
+        least_z: phrases whose z is nearer to zero are left out; with this many phrases, 2 would be chance.
     """
+    real_lengths = [len(answer.token_ids) for answer in real]
+    generated_lengths = [len(answer.token_ids) for answer in generated]
+    lengths = zip(real_lengths, generated_lengths, strict=True)
     pairs = list(zip(real, generated, strict=True))
-    lengths = [(len(right.token_ids), len(guess.token_ids)) for right, guess in pairs]
+    real_texts, generated_texts = [answer.text for answer in real], [answer.text for answer in generated]
     return Differences(
         pairs=len(pairs),
-        length_real=mean([first for first, _ in lengths]),
-        length_generated=mean([second for _, second in lengths]),
-        length_difference=mean([first - second for first, second in lengths]),
-        ended_real=_share(not answer.truncated for answer in real),
-        ended_generated=_share(not answer.truncated for answer in generated),
-        identical=_share(right.token_ids == guess.token_ids for right, guess in pairs),
-        phrases=_distinctive([answer.text for answer in real], [answer.text for answer in generated], count, least_z),
+        length_real=mean(real_lengths),
+        length_generated=mean(generated_lengths),
+        length_difference=mean([ours - theirs for ours, theirs in lengths]),
+        ended_real=sum(not answer.truncated for answer in real) / len(pairs),
+        ended_generated=sum(not answer.truncated for answer in generated) / len(pairs),
+        identical=sum(ours.token_ids == theirs.token_ids for ours, theirs in pairs) / len(pairs),
+        phrases=_distinctive(real_texts, generated_texts, count, least_z),
     )
 
 
-def _share(values: Iterable[bool]) -> float:
-    marks = list(values)
-    return sum(marks) / len(marks)
-
-
 def phrases(text: str) -> set[str]:
-    """All runs of one to three words and punctuation marks in ``text``; numbers count as one word, since which number it is differs anyway."""
+    """All runs of one to three words and punctuation marks in ``text``.
+
+    All numbers count as the same word: which number it is differs anyway.
+    """
     words = ["0" if word.isdigit() else word for word in WORD.findall(text)]
-    return {
-        " ".join(words[start : start + size])
-        for size in range(1, LONGEST + 1)
-        for start in range(len(words) - size + 1)
-    }
+    found = set()
+    for size in range(1, LONGEST + 1):
+        for start in range(len(words) - size + 1):
+            found.add(" ".join(words[start : start + size]))
+    return found
 
 
 def _distinctive(real: Sequence[str], generated: Sequence[str], count: int, least_z: float) -> list[Phrase]:
-    """Phrases by the z of their log-odds ratio; one that only ever stands inside a longer, equally distinctive one is not named twice."""
-    uses = [collections.Counter(phrase for text in texts for phrase in phrases(text)) for texts in (real, generated)]
+    """The phrases with the greatest z; of two phrases of which one contains the other, only the stronger."""
+    real_uses, generated_uses = _count_phrases(real), _count_phrases(generated)
     found = []
-    for text in uses[0].keys() | uses[1].keys():
-        first, second = uses[0][text], uses[1][text]
-        z = _log_odds_z(first, len(real), second, len(generated))
+    for text in real_uses.keys() | generated_uses.keys():
+        ours, theirs = real_uses[text], generated_uses[text]
+        z = _log_odds_z(ours, len(real), theirs, len(generated))
         if abs(z) >= least_z:
-            found.append(Phrase(text, first / len(real), second / len(generated), z))
+            found.append(Phrase(text, ours / len(real), theirs / len(generated), z))
     found.sort(key=lambda phrase: (-abs(phrase.z), -len(phrase.text), phrase.text))
     chosen: list[Phrase] = []
     for phrase in found:
@@ -105,13 +110,22 @@ def _distinctive(real: Sequence[str], generated: Sequence[str], count: int, leas
     return chosen
 
 
+def _count_phrases(texts: Sequence[str]) -> collections.Counter[str]:
+    """How many of ``texts`` have each phrase."""
+    counts: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        counts.update(phrases(text))
+    return counts
+
+
 def _nested(phrase: Phrase, other: Phrase) -> bool:
+    """Whether one contains the other and both are used more by the same side."""
     inside = f" {phrase.text} " in f" {other.text} " or f" {other.text} " in f" {phrase.text} "
     return inside and (phrase.z > 0) == (other.z > 0)
 
 
 def _log_odds_z(first: int, first_total: int, second: int, second_total: int) -> float:
-    """z of the log-odds ratio with a symmetric prior (Monroe, Colaresi and Quinn, 2008), over answers that have a phrase or not."""
+    """z of the log-odds ratio of having a phrase, with a symmetric prior (Monroe, Colaresi and Quinn, 2008)."""
     counts = [first, first_total - first, second, second_total - second]
     smoothed = [count + PRIOR for count in counts]
     ratio = math.log(smoothed[0] / smoothed[1]) - math.log(smoothed[2] / smoothed[3])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from megatron_spin.config.guards import Action, GuardsConfig
+from megatron_spin.evaluation.record import Evaluation, Mean
 
 Outcome: TypeAlias = Literal["pass", "warn", "rollback", "stop"]
 ORDER: tuple[Outcome, ...] = ("pass", "warn", "rollback", "stop")
@@ -43,23 +44,31 @@ class Measures:
     """Rows of ``metrics.jsonl``."""
     pairs: Mapping[str, Any]
     """``manifest.json`` of the training pairs."""
-    policy: Mapping[str, Any] | None = None
-    """``eval.json`` of the iteration; None if there is no evaluation."""
-    opponent: Mapping[str, Any] | None = None
-    """``eval.json`` of its opponent: the previous iteration, or the SFT model."""
+    policy: Evaluation | None = None
+    """What was measured of the iteration's policy; None if there is no evaluation."""
+    opponent: Evaluation | None = None
+    """What was measured of its opponent: the previous iteration, or the SFT model."""
 
     def evaluated(self, key: str) -> tuple[float, float]:
-        """``key`` of the policy and of the opponent.
+        """What ``eval.json`` has under ``key``, of the policy and of the opponent.
 
         Raises:
             UnseenError: one of the two has no such number.
         """
+        policy, opponent = self._means(key)
+        if policy.value is None or opponent.value is None:
+            raise UnseenError(f"eval.json has no {key}")
+        return float(policy.value), float(opponent.value)
+
+    def errors(self, key: str) -> tuple[float, float]:
+        """The standard errors of :meth:`evaluated`; 0 where they are not known. Raises as it does."""
+        policy, opponent = self._means(key)
+        return float(policy.error or 0.0), float(opponent.error or 0.0)
+
+    def _means(self, key: str) -> tuple[Mean, Mean]:
         if self.policy is None or self.opponent is None:
             raise UnseenError("there is no evaluation: give evaluation.path or evaluation.held_out_fraction")
-        policy, opponent = self.policy.get(key), self.opponent.get(key)
-        if policy is None or opponent is None:
-            raise UnseenError(f"eval.json has no {key}")
-        return float(policy), float(opponent)
+        return self.policy.measure(key), self.opponent.measure(key)
 
     def column(self, key: str) -> list[float]:
         """``key`` of every step.
@@ -127,9 +136,7 @@ def real_logps_fall(measures: Measures, threshold: float) -> Reading:
 
 def nll_rise(measures: Measures, threshold: float) -> Reading:
     nll, opponent = measures.evaluated("nll_per_token")
-    errors = []
-    for side in (measures.policy, measures.opponent):
-        errors.append(float((side or {}).get("nll_per_token_error") or 0.0))
+    errors = measures.errors("nll_per_token")
     base = max(opponent, NLL_FLOOR)
     rise, noise = (nll - opponent) / base, STANDARD_ERRORS * math.hypot(*errors) / base
     said = f"held-out NLL per token is {nll:.4f}, the opponent's {opponent:.4f} ({rise:+.0%})"

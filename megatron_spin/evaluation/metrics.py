@@ -1,16 +1,18 @@
-"""The numbers of ``eval.json`` as pure functions of answers and log-probs. No torch.
+"""The measures of ``eval.json`` as pure functions of answers and log-probs. No torch.
 
-A share over sampled answers is a mean over prompts of each prompt's own mean, so its standard error counts prompts, not samples: answers to
-one prompt are not independent.
+A share over sampled answers is a mean over prompts of each prompt's own mean. Its standard error counts prompts, not
+samples: answers to one prompt are not independent.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from megatron_spin.evaluation.record import AnswerMeasures, Mean, PatternMeasures
 
 NGRAM = 4
-"""Tokens that must come again in a row to count as a repetition."""
+"""Tokens in a row that must occur again to count as a repetition."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +27,8 @@ class Answer:
     """Whether it was cut before its end token."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Mean:
-    """A mean over prompts with its standard error; both None over no prompts."""
-
-    value: float | None
-    error: float | None
-
-
 def mean(values: Sequence[float]) -> Mean:
-    """Mean of one number a prompt and the standard error of it (None for fewer than two)."""
+    """Mean of one number per prompt, and its standard error (None for fewer than two)."""
     count = len(values)
     if not count:
         return Mean(None, None)
@@ -46,13 +40,13 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def found(pattern: re.Pattern[str], text: str) -> str | None:
-    """What the one group of ``pattern`` finds first in ``text``, without white space around it; None where it finds nothing."""
+    """What the one group of ``pattern`` first finds in ``text``, stripped of white space; None if it finds nothing."""
     match = pattern.search(text)
     return match.group(1).strip() if match and match.group(1) is not None else None
 
 
 def exact_match(real: Answer, generated: Answer, pattern: re.Pattern[str] | None) -> bool:
-    """Whether ``pattern`` finds the same in both texts (and finds something); without one, whether all token ids are equal."""
+    """Whether ``pattern`` finds something and the same in both texts; without one, whether all token ids are equal."""
     if pattern is None:
         return real.token_ids == generated.token_ids
     answer = found(pattern, real.text)
@@ -60,85 +54,93 @@ def exact_match(real: Answer, generated: Answer, pattern: re.Pattern[str] | None
 
 
 def share(samples: Sequence[Sequence[bool]]) -> Mean:
-    """Share of true entries; ``samples`` has one sequence of K judgements a prompt."""
+    """Share of true entries; ``samples`` has one sequence of K judgements per prompt."""
     return mean([sum(judgements) / len(judgements) for judgements in samples])
 
 
 def repeated_fraction(answer: Answer) -> float:
-    """Share of the answer's 4-grams of tokens that stood in it before: 0 for one that never repeats itself (or is shorter), near 1 for a loop."""
+    """Share of the answer's 4-grams of tokens that occur earlier in it: 0 without repetition, near 1 for a loop."""
     ids = [int(token) for token in answer.token_ids]
     ngrams = list(zip(*(ids[i:] for i in range(NGRAM)), strict=False))
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+    if not ngrams:
+        return 0.0
+    return 1 - len(set(ngrams)) / len(ngrams)
 
 
-def sample_metrics(
+def measure_answers(
     real: Sequence[Answer],
     greedy: Sequence[Answer],
     sampled: Sequence[Sequence[Answer]],
     *,
     answer_pattern: re.Pattern[str] | None,
-    patterns: dict[str, re.Pattern[str]],
-) -> dict[str, object]:
-    """Everything that answers alone tell.
+    patterns: Mapping[str, re.Pattern[str]],
+) -> AnswerMeasures:
+    """All that answers tell without log-probs.
 
     Args:
-        real, greedy: one answer a prompt.
-        sampled: K sampled answers of each prompt, in the order of ``real``.
+        real, greedy: one answer per prompt.
+        sampled: K sampled answers to each prompt, in the order of ``real``.
     """
-    pairs = list(zip(real, sampled, strict=True))
-    matches = share([[exact_match(answer, sample, answer_pattern) for sample in samples] for answer, samples in pairs])
-    greedy_matches = mean(
-        [exact_match(answer, guess, answer_pattern) for answer, guess in zip(real, greedy, strict=True)]
+    matches, lengths, cut, repeated, identical = [], [], [], [], []
+    for answer, samples in zip(real, sampled, strict=True):
+        matches.append([exact_match(answer, sample, answer_pattern) for sample in samples])
+        lengths.append(sum(len(sample.token_ids) for sample in samples) / len(samples))
+        cut.append([sample.truncated for sample in samples])
+        repeated.append(sum(map(repeated_fraction, samples)) / len(samples))
+        identical.append([sample.token_ids == answer.token_ids for sample in samples])
+    greedy_matches = []
+    for answer, guess in zip(real, greedy, strict=True):
+        greedy_matches.append(exact_match(answer, guess, answer_pattern))
+    by_pattern = {}
+    for name, pattern in patterns.items():
+        by_pattern[name] = _measure_pattern(pattern, real, sampled, matches)
+    return AnswerMeasures(
+        exact_match_sampled=share(matches),
+        exact_match_greedy=mean(greedy_matches),
+        mean_response_tokens=mean(lengths).value,
+        mean_real_tokens=mean([len(answer.token_ids) for answer in real]).value,
+        truncated_fraction=share(cut).value,
+        truncated_fraction_greedy=mean([answer.truncated for answer in greedy]).value,
+        repeated_fraction=mean(repeated).value,
+        repeated_fraction_greedy=mean([repeated_fraction(answer) for answer in greedy]).value,
+        repeated_fraction_real=mean([repeated_fraction(answer) for answer in real]).value,
+        identical_fraction=share(identical).value,
+        patterns=by_pattern,
     )
-    lengths = mean([sum(len(sample.token_ids) for sample in samples) / len(samples) for samples in sampled])
-    return {
-        "exact_match_sampled": matches.value,
-        "exact_match_sampled_error": matches.error,
-        "exact_match_greedy": greedy_matches.value,
-        "exact_match_greedy_error": greedy_matches.error,
-        "mean_response_tokens": lengths.value,
-        "mean_real_tokens": mean([len(answer.token_ids) for answer in real]).value,
-        "truncated_fraction": share([[sample.truncated for sample in samples] for samples in sampled]).value,
-        "truncated_fraction_greedy": mean([answer.truncated for answer in greedy]).value,
-        "repeated_fraction": mean([sum(map(repeated_fraction, samples)) / len(samples) for samples in sampled]).value,
-        "repeated_fraction_greedy": mean([*map(repeated_fraction, greedy)]).value,
-        "repeated_fraction_real": mean([*map(repeated_fraction, real)]).value,
-        "identical_fraction": share(
-            [[sample.token_ids == answer.token_ids for sample in samples] for answer, samples in pairs]
-        ).value,
-        "patterns": {
-            name: _pattern_shares(pattern, real, sampled, answer_pattern) for name, pattern in patterns.items()
-        },
-    }
 
 
-def _pattern_shares(
+def _measure_pattern(
     pattern: re.Pattern[str],
     real: Sequence[Answer],
     sampled: Sequence[Sequence[Answer]],
-    answer_pattern: re.Pattern[str] | None,
-) -> dict[str, float | None]:
-    """How often ``pattern`` is found, and the exact match among all sampled answers with it and without it (null where there are none)."""
-    has = [[pattern.search(sample.text) is not None for sample in samples] for samples in sampled]
-    judged = [
-        (mark, exact_match(answer, sample, answer_pattern))
-        for answer, samples, marks in zip(real, sampled, has, strict=True)
-        for sample, mark in zip(samples, marks, strict=True)
-    ]
-    return {
-        "sampled": share(has).value,
-        "real": mean([pattern.search(answer.text) is not None for answer in real]).value,
-        "exact_match_with": mean([right for mark, right in judged if mark]).value,
-        "exact_match_without": mean([right for mark, right in judged if not mark]).value,
-    }
+    matches: Sequence[Sequence[bool]],
+) -> PatternMeasures:
+    """How often ``pattern`` is found, and the exact match of all sampled answers with it and without it.
+
+    ``matches`` has the exact match of each of ``sampled``.
+    """
+    marks = [[pattern.search(sample.text) is not None for sample in samples] for samples in sampled]
+    right_with: list[bool] = []
+    right_without: list[bool] = []
+    for of_prompt, matches_of_prompt in zip(marks, matches, strict=True):
+        for mark, right in zip(of_prompt, matches_of_prompt, strict=True):
+            (right_with if mark else right_without).append(right)
+    return PatternMeasures(
+        sampled=share(marks).value,
+        real=mean([pattern.search(answer.text) is not None for answer in real]).value,
+        exact_match_with=mean(right_with).value,
+        exact_match_without=mean(right_without).value,
+    )
 
 
 def nll_per_token(logps: Sequence[float], tokens: Sequence[int]) -> Mean:
-    """Negative log-likelihood of the real answers over all their tokens, in nats a token, with the standard error of that ratio.
+    """Negative log-likelihood of the real answers over all their tokens, in nats per token.
+
+    The error is the standard error of this ratio.
 
     Args:
         logps: summed log-prob of each real answer.
-        tokens: how many tokens each has.
+        tokens: number of tokens of each.
     """
     total, count = sum(tokens), len(tokens)
     if not total:
@@ -154,13 +156,19 @@ def nll_per_token(logps: Sequence[float], tokens: Sequence[int]) -> Mean:
 def margins(
     policy_real: Sequence[float],
     opponent_real: Sequence[float],
-    policy_generated: Sequence[float],
-    opponent_generated: Sequence[float],
+    policy_other: Sequence[float],
+    opponent_other: Sequence[float],
     *,
     beta: float,
 ) -> list[float]:
-    """t = beta * [(log p_theta(y|x) - log p_opponent(y|x)) - (log p_theta(y'|x) - log p_opponent(y'|x))] of each pair, in nats."""
-    scores = zip(policy_real, opponent_real, policy_generated, opponent_generated, strict=True)
-    return [
-        beta * ((real - opponent) - (generated - opponent_gen)) for real, opponent, generated, opponent_gen in scores
-    ]
+    """The margin t of each pair, in nats.
+
+    t = beta * [(log p_theta(y|x) - log p_opponent(y|x)) - (log p_theta(y'|x) - log p_opponent(y'|x))], where y is the
+    real answer and y' the one that it is compared with.
+    """
+    result = []
+    for real, real_opponent, other, other_opponent in zip(
+        policy_real, opponent_real, policy_other, opponent_other, strict=True
+    ):
+        result.append(beta * ((real - real_opponent) - (other - other_opponent)))
+    return result

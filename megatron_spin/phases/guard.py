@@ -6,7 +6,6 @@ already become the opponent (``rotate:T`` is done; ``finish:0`` for DPO, whose o
 """
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -16,7 +15,8 @@ from typing import Any
 from megatron_spin.config import Config, at_iteration, has_evaluation
 from megatron_spin.errors import GuardError, RunDirError
 from megatron_spin.evaluation.guards import Measures, Verdict, judge, outcome
-from megatron_spin.io import read_json
+from megatron_spin.evaluation.record import Evaluation
+from megatron_spin.io import read_json, read_json_lines
 from megatron_spin.run.directory import RunDir
 from megatron_spin.spin.objective import num_iterations, objective_class
 
@@ -140,10 +140,10 @@ def _measures(config: Config, run_dir: RunDir, iteration: int) -> Measures:
     opponent = run_dir.target(iteration=iteration - 1) if iteration else run_dir.target(baseline="sft")
     return Measures(
         beta=at_iteration(config.spin.beta, iteration),
-        steps=[json.loads(line) for line in target.metrics.read_text().splitlines()],
+        steps=read_json_lines(target.metrics),
         pairs=read_json(target.pairs / "manifest.json"),
-        policy=read_json(target.eval) if evaluates else None,
-        opponent=read_json(opponent.eval) if evaluates else None,
+        policy=Evaluation.read(target.eval) if evaluates else None,
+        opponent=Evaluation.read(opponent.eval) if evaluates else None,
     )
 
 

@@ -3,20 +3,25 @@
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_spin.io import atomic_writer
 from megatron_spin.report.results import Evaluated, Results
+from megatron_spin.report.style import (
+    BAND,
+    BASELINE,
+    BASELINE_LIGHT,
+    FAINT,
+    INK,
+    SPIN,
+    SPIN_LIGHT,
+    STYLE,
+    WARM,
+)
 from megatron_spin.spin.objective import objective_class
 
-INK, FAINT, BAND = "#2b2f36", "#8a919c", "#f3f5f8"
-SPIN, SPIN_LIGHT, BASELINE, BASELINE_LIGHT, WARM = "#1f6f8b", "#9cc7d6", "#8a919c", "#c9ced6", "#d1603d"
-STYLE: Any = {
-    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e3e6eb", "grid.linewidth": 0.7, "axes.axisbelow": True,
-    "legend.frameon": False, "legend.fontsize": 8,
-}  # fmt: skip
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Panel = Callable[[Any, Results], None]
 """Draws into one pair of axes."""
@@ -24,40 +29,44 @@ Panel = Callable[[Any, Results], None]
 
 def plot(results: Results, path: Path) -> None:
     """Writes the picture as PNG, whole or not at all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    curves, measured = _curve_panels(results), _measured_panels(results)
-    rows = [row for row in (curves, measured) if row]
-    with pyplot.rc_context(STYLE):
-        width = max(len(row) for row in rows)
-        figure, axes = pyplot.subplots(
-            len(rows), width, figsize=(4.0 * width, 3.1 * len(rows)), squeeze=False, layout="constrained"
-        )
-        for line, panels in zip(axes, rows, strict=True):
-            for place, panel in zip(line, panels, strict=False):
-                panel(place, results)
-            for place in line[len(panels) :]:
-                place.set_axis_off()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        pyplot.close(figure)
+    picture = encode(draw(results))
     with atomic_writer(path, "wb") as file:
-        file.write(_small(buffer))
+        file.write(picture)
 
 
-def _small(picture: io.BytesIO) -> bytes:
-    """The PNG in 128 colors, which look the same and take a third; without metadata, so that the same run gives the same bytes."""
-    from PIL import Image  # matplotlib needs it, too
+def draw(results: Results) -> "Figure":
+    """The figure: a row of training curves and a row of measures, as far as the run has them."""
+    import matplotlib
+    from matplotlib.figure import Figure
 
-    out = io.BytesIO()
-    Image.open(picture).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(out, format="PNG", optimize=True)
-    return out.getvalue()
+    rows = [panels for panels in (_curve_panels(results), _measured_panels(results)) if panels]
+    width = max(len(panels) for panels in rows)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.0 * width, 3.1 * len(rows)), layout="constrained")
+        axes = figure.subplots(len(rows), width, squeeze=False)
+        for axes_of_row, panels in zip(axes, rows, strict=True):
+            for ax, panel in zip(axes_of_row, panels, strict=False):
+                panel(ax, results)
+            for ax in axes_of_row[len(panels) :]:
+                ax.set_axis_off()
+    return figure
 
 
-# ------------------------------------------------------------------------------------------------------------------ training
+def encode(figure: "Figure") -> bytes:
+    """PNG in 128 colors, which look the same and take a third of the space; without metadata.
+
+    The same run gives the same bytes.
+    """
+    from PIL import Image  # a dependency of matplotlib
+
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=110)
+    image = Image.open(full).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    image.save(small, format="PNG", optimize=True)
+    return small.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------- training
 
 
 def _curve_panels(results: Results) -> list[Panel]:
@@ -69,85 +78,93 @@ def _curve_panels(results: Results) -> list[Panel]:
 
 
 def _points(results: Results, key: str) -> list[tuple[list[int], list[float]]]:
-    """Steps counted through all iterations and the values of ``key``, for each iteration."""
-    points, before = [], 0
+    """For each iteration, steps counted through all iterations, and the values of ``key``."""
+    points = []
+    before = 0
     for curve in results.curves:
         rows = [row for row in curve if row.get(key) is not None]
-        points.append(([before + row["step"] for row in rows], [float(row[key]) for row in rows]))
+        steps = [before + row["step"] for row in rows]
+        points.append((steps, [float(row[key]) for row in rows]))
         before += curve[-1]["step"]
     return points
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """A running mean over a tenth of an iteration, to see the course through the noise of batches."""
+    """A running mean over a tenth of an iteration, which shows the trend through the noise of batches."""
     half = max(1, len(values) // 20)
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+    means = []
+    for i in range(len(values)):
+        window = values[max(0, i - half) : i + half + 1]
+        means.append(sum(window) / len(window))
+    return means
 
 
-def _curve(place: Any, results: Results, key: str, *, color: str, label: str | None = None) -> None:
-    for number, (steps, values) in enumerate(_points(results, key)):
-        place.plot(steps, values, color=color, alpha=0.28, linewidth=0.9)
-        place.plot(steps, _smooth(values), color=color, linewidth=1.9, label=None if number else label)
+def _curve(ax: Any, results: Results, key: str, *, color: str, label: str | None = None) -> None:
+    for steps, values in _points(results, key):
+        ax.plot(steps, values, color=color, alpha=0.28, linewidth=0.9)
+        ax.plot(steps, _smooth(values), color=color, linewidth=1.9, label=label)
+        label = None  # one entry of the legend for all iterations
 
 
-def _iterations(place: Any, results: Results) -> None:
-    """Every other iteration on a band, each with its name above."""
+def _mark_iterations(ax: Any, results: Results) -> None:
+    """Puts every other iteration on a band, with the name of each at the top."""
     before = 0
     title = objective_class(results.config).title
     for number, curve in enumerate(results.curves):
         after = before + curve[-1]["step"]
         if number % 2:
-            place.axvspan(before + 0.5, after + 0.5, color=BAND, zorder=0)
+            ax.axvspan(before + 0.5, after + 0.5, color=BAND, zorder=0)
         if len(results.curves) > 1:
-            place.annotate(
-                title(number), ((before + after) / 2 + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(0, -2),
-                textcoords="offset points", ha="center", va="top", fontsize=8, color=FAINT,
-            )  # fmt: skip
+            ax.annotate(
+                title(number),
+                ((before + after) / 2 + 0.5, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, -2),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                fontsize=8,
+                color=FAINT,
+            )
         before = after
-    place.set_xlim(0.5, before + 0.5)
-    place.set_xlabel("optimizer step")
+    ax.set_xlim(0.5, before + 0.5)
+    ax.set_xlabel("optimizer step")
 
 
-def _loss(place: Any, results: Results) -> None:
-    _curve(place, results, "loss", color=SPIN)
-    place.set_title("training loss")
-    _iterations(place, results)
+def _loss(ax: Any, results: Results) -> None:
+    _curve(ax, results, "loss", color=SPIN)
+    ax.set_title("training loss")
+    _mark_iterations(ax, results)
 
 
-def _accuracy(place: Any, results: Results) -> None:
-    _curve(place, results, "accuracy", color=SPIN)
-    place.axhline(0.5, color=FAINT, linewidth=0.9, linestyle=":")
-    place.set_title("pairs with a margin above 0 (equal ones have 0)")
-    place.yaxis.set_major_formatter(_percent_ticks())
-    _iterations(place, results)
+def _accuracy(ax: Any, results: Results) -> None:
+    _curve(ax, results, "accuracy", color=SPIN)
+    ax.axhline(0.5, color=FAINT, linewidth=0.9, linestyle=":")
+    ax.set_title("pairs with a margin above 0 (equal ones have 0)")
+    ax.yaxis.set_major_formatter(_percent_ticks())
+    _mark_iterations(ax, results)
 
 
-def _rewards(place: Any, results: Results) -> None:
-    _curve(place, results, "real_reward", color=SPIN, label="real answers")
-    _curve(
-        place,
-        results,
-        "generated_reward",
-        color=WARM,
-        label="the opponent's" if objective_class(results.config).generates else "rejected answers",
-    )
-    place.axhline(0, color=FAINT, linewidth=0.9, linestyle=":")
-    place.set_title("reward: β x log-ratio to the opponent")
-    place.legend(loc="best")
-    _iterations(place, results)
+def _rewards(ax: Any, results: Results) -> None:
+    other = "the opponent's" if objective_class(results.config).generates else "rejected answers"
+    _curve(ax, results, "real_reward", color=SPIN, label="real answers")
+    _curve(ax, results, "generated_reward", color=WARM, label=other)
+    ax.axhline(0, color=FAINT, linewidth=0.9, linestyle=":")
+    ax.set_title("reward: β x log-ratio to the opponent")
+    ax.legend(loc="best")
+    _mark_iterations(ax, results)
 
 
-# ------------------------------------------------------------------------------------------------------------------ measured
+# ---------------------------------------------------------------------------------------------------- measured
 
 
 def _measured_panels(results: Results) -> list[Panel]:
     """Up to three panels, of what this run has to show."""
-    models = results.evaluated
-    if not models:
+    if not results.evaluated:
         return []
     panels: list[Panel] = []
-    if any(model.values.get("exact_match_sampled") or model.values.get("exact_match_greedy") for model in models):
+    answers = [model.evaluation.answers for model in results.evaluated]
+    if any(measures.exact_match_sampled.value or measures.exact_match_greedy.value for measures in answers):
         panels.append(_exact_match)
     if results.config.evaluation.patterns:
         panels.append(_patterns)
@@ -155,129 +172,98 @@ def _measured_panels(results: Results) -> list[Panel]:
     return panels[:3]
 
 
-def _names(models: Sequence[Evaluated]) -> list[str]:
-    return [model.name.removesuffix(" steps") for model in models]
+def _name_ticks(ax: Any, models: Sequence[Evaluated], *, slanted: bool = True) -> None:
+    names = [model.name.removesuffix(" steps") for model in models]
+    ax.set_xticks(range(len(models)), names, rotation=20 if slanted else 0, ha="right" if slanted else "center")
 
 
-def _colors(models: Sequence[Evaluated]) -> list[str]:
-    return [BASELINE if model.iteration is None else SPIN for model in models]
+def _write_above(ax: Any, text: str, x: float, y: float, *, fontsize: int = 8) -> None:
+    ax.annotate(text, (x, y), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=fontsize)
 
 
 def _bars(
-    place: Any,
+    ax: Any,
     models: Sequence[Evaluated],
     values: Sequence[float | None],
     *,
     digits: str,
     errors: Sequence[float | None] | None = None,
 ) -> None:
-    """One bar a model, with its number above."""
-    heights = [0.0 if value is None else value for value in values]
-    place.bar(range(len(models)), heights, color=_colors(models), width=0.66)
+    """One bar per model, with its number above."""
+    heights = [value or 0.0 for value in values]
+    spreads = [0.0] * len(models)
+    colors = [BASELINE if model.iteration is None else SPIN for model in models]
+    ax.bar(range(len(models)), heights, color=colors, width=0.66)
     if errors is not None:
-        spread = [error or 0.0 for error in errors]
-        place.errorbar(range(len(models)), heights, yerr=spread, fmt="none", ecolor=INK, elinewidth=0.9)
-    for i, height in enumerate(heights):
-        above = (errors[i] or 0.0) if errors is not None else 0.0
-        place.annotate(
-            format(height, digits),
-            (i, height + above),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=8,
-        )
-    place.set_xticks(
-        range(len(models)),
-        _names(models),
-        rotation=20 if len(models) > 3 else 0,
-        ha="right" if len(models) > 3 else "center",
-    )
-    place.margins(y=0.15)
+        spreads = [error or 0.0 for error in errors]
+        ax.errorbar(range(len(models)), heights, yerr=spreads, fmt="none", ecolor=INK, elinewidth=0.9)
+    for i, (height, spread) in enumerate(zip(heights, spreads, strict=True)):
+        _write_above(ax, format(height, digits), i, height + spread)
+    _name_ticks(ax, models, slanted=len(models) > 3)
+    ax.margins(y=0.15)
 
 
-def _exact_match(place: Any, results: Results) -> None:
-    models = results.evaluated
-    for i, model in enumerate(models):
-        spin = model.iteration is not None
-        shown = (
-            ("exact_match_sampled", SPIN if spin else BASELINE),
-            ("exact_match_greedy", SPIN_LIGHT if spin else BASELINE_LIGHT),
-        )
-        for side, (key, color) in zip((-0.2, 0.2), shown, strict=True):
-            value = model.values.get(key) or 0.0
-            place.bar(i + side, value, width=0.38, color=color)
-            place.annotate(
-                f"{value:.0%}",
-                (i + side, value),
-                xytext=(0, 2),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=7,
-            )
-    place.set_xticks(range(len(models)), _names(models), rotation=20, ha="right")
-    place.yaxis.set_major_formatter(_percent_ticks())
-    place.set_title("exact match: sampled (dark), greedy (light)")
-    place.margins(y=0.12)
+def _exact_match(ax: Any, results: Results) -> None:
+    for i, model in enumerate(results.evaluated):
+        dark, light = (BASELINE, BASELINE_LIGHT) if model.iteration is None else (SPIN, SPIN_LIGHT)
+        answers = model.evaluation.answers
+        for x, measure, color in (
+            (i - 0.2, answers.exact_match_sampled, dark),
+            (i + 0.2, answers.exact_match_greedy, light),
+        ):
+            height = measure.value or 0.0
+            ax.bar(x, height, width=0.38, color=color)
+            _write_above(ax, f"{height:.0%}", x, height, fontsize=7)
+    _name_ticks(ax, results.evaluated)
+    ax.yaxis.set_major_formatter(_percent_ticks())
+    ax.set_title("exact match: sampled (dark), greedy (light)")
+    ax.margins(y=0.12)
 
 
-def _patterns(place: Any, results: Results) -> None:
+def _patterns(ax: Any, results: Results) -> None:
     models, patterns = results.evaluated, list(results.config.evaluation.patterns)
-    lines = (WARM, SPIN, INK, FAINT)
+    colors = (WARM, SPIN, INK, FAINT)
     for number, name in enumerate(patterns):
-        color = lines[number % len(lines)]
-        shares = [model.values.get("patterns", {}).get(name, {}).get("sampled") or 0.0 for model in models]
+        color = colors[number % len(colors)]
+        shares = [model.pattern_share(name) or 0.0 for model in models]
         if len(patterns) == 1:
-            _bars(place, models, shares, digits=".1%")
+            _bars(ax, models, shares, digits=".1%")
         else:
-            place.plot(range(len(models)), shares, marker="o", color=color, label=name)
+            ax.plot(range(len(models)), shares, marker="o", color=color, label=name)
         if name in results.data_patterns:
             share = results.data_patterns[name]
-            place.axhline(
-                share, color=color, linewidth=1.2, linestyle="--", label=f"{name} in the training data: {share:.0%}"
-            )
+            label = f"{name} in the training data: {share:.0%}"
+            ax.axhline(share, color=color, linewidth=1.2, linestyle="--", label=label)
     if len(patterns) > 1:
-        place.set_xticks(range(len(models)), _names(models), rotation=20, ha="right")
-    place.yaxis.set_major_formatter(_percent_ticks())
-    place.set_title(f"answers with “{patterns[0]}”" if len(patterns) == 1 else "share of answers by pattern")
-    place.legend(loc="upper right")
+        _name_ticks(ax, models)
+    ax.yaxis.set_major_formatter(_percent_ticks())
+    ax.set_title(f"answers with “{patterns[0]}”" if len(patterns) == 1 else "share of answers by pattern")
+    ax.legend(loc="upper right")
 
 
-def _nll(place: Any, results: Results) -> None:
-    values = [model.values.get("nll_per_token") for model in results.evaluated]
-    errors = [model.values.get("nll_per_token_error") for model in results.evaluated]
-    _bars(
-        place,
-        results.evaluated,
-        values,
-        digits=".4f" if max((value or 0.0) for value in values) < 0.1 else ".3f",
-        errors=errors,
-    )
-    place.set_title("NLL of held-out answers, nats a token")
+def _nll(ax: Any, results: Results) -> None:
+    measures = [model.evaluation.logps.nll_per_token for model in results.evaluated]
+    values = [measure.value for measure in measures]
+    digits = ".4f" if max(value or 0.0 for value in values) < 0.1 else ".3f"
+    _bars(ax, results.evaluated, values, digits=digits, errors=[measure.error for measure in measures])
+    ax.set_title("NLL of held-out answers, nats per token")
 
 
-def _length(place: Any, results: Results) -> None:
-    _bars(
-        place,
-        results.evaluated,
-        [model.values.get("mean_response_tokens") for model in results.evaluated],
-        digits=".0f",
-    )
-    real = results.evaluated[0].values.get("mean_real_tokens")
+def _length(ax: Any, results: Results) -> None:
+    answers = [model.evaluation.answers for model in results.evaluated]
+    _bars(ax, results.evaluated, [measures.mean_response_tokens for measures in answers], digits=".0f")
+    real = answers[0].mean_real_tokens
     if real is not None:
-        place.axhline(real, color=WARM, linewidth=1.2, linestyle="--", label=f"real answers: {real:.0f}")
-        place.legend(loc="upper right")
-    place.set_title("tokens of a sampled answer")
+        ax.axhline(real, color=WARM, linewidth=1.2, linestyle="--", label=f"real answers: {real:.0f}")
+        ax.legend(loc="upper right")
+    ax.set_title("tokens of a sampled answer")
 
 
-def _truncated(place: Any, results: Results) -> None:
-    _bars(
-        place, results.evaluated, [model.values.get("truncated_fraction") for model in results.evaluated], digits=".1%"
-    )
-    place.yaxis.set_major_formatter(_percent_ticks())
-    place.set_title("sampled answers that did not end")
+def _truncated(ax: Any, results: Results) -> None:
+    answers = [model.evaluation.answers for model in results.evaluated]
+    _bars(ax, results.evaluated, [measures.truncated_fraction for measures in answers], digits=".1%")
+    ax.yaxis.set_major_formatter(_percent_ticks())
+    ax.set_title("sampled answers that did not end")
 
 
 def _percent_ticks() -> Any:

@@ -1,18 +1,20 @@
-"""What a run measured, read from its directory: evaluations, training curves, times, and the data's own share of each pattern. No torch."""
+"""What a run measured, read from its directory. No torch.
+
+Evaluations, training curves, times, and how often the training data themselves show each pattern.
+"""
 
 import collections
 import dataclasses
-import json
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_spin.config import Config, load_config
 from megatron_spin.data.rows import load_rows
-from megatron_spin.data.templates import load_tokenizer
+from megatron_spin.data.templates import decode, load_tokenizer
 from megatron_spin.errors import RunDirError
-from megatron_spin.io import read_json
+from megatron_spin.evaluation.record import Evaluation
+from megatron_spin.io import read_json, read_json_lines
 from megatron_spin.phases.guard import model_name
 from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.spin.objective import Objective, num_iterations, objective_class
@@ -23,11 +25,15 @@ class Evaluated:
     """One model of the comparison."""
 
     name: str
-    """As people say it: ``SFT``, ``SFT +92 steps`` (continued on the same data), ``SPIN 0``, ``DPO``."""
+    """Display name: ``SFT``, ``SFT +92 steps`` (continued on the same data), ``SPIN 0``, ``DPO``."""
     iteration: int | None
     """The self-play iteration; None for a baseline."""
-    values: dict[str, Any]
-    """What its ``eval.json`` holds."""
+    evaluation: Evaluation
+
+    def pattern_share(self, name: str) -> float | None:
+        """Share of its sampled answers in which the pattern ``name`` is found; None if it was not looked for."""
+        measures = self.evaluation.answers.patterns.get(name)
+        return None if measures is None else measures.sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Phase:
     seconds: float
     count: int = 1
     memory: float | None = None
-    """Largest resident memory of a process that it saw, in GiB; None where it was not recorded."""
+    """Largest resident memory of a process that it saw, in GiB; None if it was not recorded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Results:
     root: Path
     config: Config
     evaluated: list[Evaluated]
-    """In the order of the comparison: the model as it came, continued SFT, then the iterations; only those that have been measured."""
+    """The measured models in the order of the comparison: the starting model, continued SFT, then the iterations."""
     curves: list[list[dict[str, Any]]]
     """``metrics.jsonl`` of each iteration."""
     phases: list[Phase]
@@ -58,11 +64,11 @@ class Results:
     prompts: int
     """Prompts that were trained on."""
     notes: list[str]
-    """What guards that tripped had to say, in the order of the iterations, and which model is the result."""
+    """What the guards that tripped found, in the order of the iterations, and which model is the result."""
     finished: str
     """When the last phase finished, ISO 8601 in UTC."""
     machines: list[str]
-    """What the phases ran on, with versions: more than one if the run moved or was updated."""
+    """Machines and versions that the phases ran on: more than one if the run moved or was updated."""
 
     @property
     def seconds(self) -> float:
@@ -70,21 +76,33 @@ class Results:
         return sum(phase.seconds for phase in self.phases)
 
     def by_kind(self) -> list[Phase]:
-        """The phases summed by kind (``generate``, ``train`` ...), the slowest first; the baselines' count as kinds of their own."""
+        """The phases summed by kind (``generate``, ``train`` ...), slowest first; baselines are kinds of their own."""
         kinds: dict[str, list[Phase]] = collections.defaultdict(list)
         for phase in self.phases:
             kind, _, label = phase.name.partition(":")
-            kinds[f"{kind}, baselines" if label in self.config.baselines else kind].append(phase)
-        sums = [
-            Phase(
-                kind,
-                sum(phase.seconds for phase in phases),
-                len(phases),
-                max((phase.memory for phase in phases if phase.memory), default=None),
-            )
-            for kind, phases in kinds.items()
-        ]
+            if label in self.config.baselines:
+                kind = f"{kind}, baselines"
+            kinds[kind].append(phase)
+        sums = []
+        for kind, phases in kinds.items():
+            seconds = sum(phase.seconds for phase in phases)
+            memory = max((phase.memory for phase in phases if phase.memory), default=None)
+            sums.append(Phase(kind, seconds, len(phases), memory))
         return sorted(sums, key=lambda phase: -phase.seconds)
+
+
+def open_run(root: Path) -> tuple[RunDir, Config]:
+    """The run directory ``root`` and its configuration.
+
+    Raises:
+        RunDirError: it is no run directory.
+    """
+    run_dir = RunDir(root)
+    if not run_dir.config.is_file():
+        raise RunDirError(
+            f"{root} is not a run directory (it has no config.yaml): give the --run-dir of a run, for example runs/NAME"
+        )
+    return run_dir, load_config(run_dir.config)
 
 
 def read_results(root: Path) -> Results:
@@ -93,20 +111,14 @@ def read_results(root: Path) -> Results:
     Raises:
         RunDirError: it is no run directory, nothing in it has been measured yet, or one of its files is damaged.
     """
-    run_dir = RunDir(root)
-    if not run_dir.config.is_file():
-        raise RunDirError(
-            f"{root} is not a run directory (it has no config.yaml): give the --run-dir of a run, for example runs/NAME"
-        )
-    config = load_config(run_dir.config)
+    run_dir, config = open_run(root)
     state = read_json(run_dir.state) if run_dir.state.exists() else {"phases": {}}
     phases = state["phases"]
-    evaluated = [
-        Evaluated(name, target.iteration, read_json(target.eval))
-        for name, target in players(config, run_dir)
-        if target.eval.exists()
-    ]
-    curves = [_read_metrics(run_dir.target(iteration=t).metrics) for t in range(num_iterations(config))]
+    evaluated = []
+    for name, target in compared_models(config, run_dir):
+        if target.eval.exists():
+            evaluated.append(Evaluated(name, target.iteration, Evaluation.read(target.eval)))
+    curves = [read_json_lines(run_dir.target(iteration=t).metrics) for t in range(num_iterations(config))]
     curves = [curve for curve in curves if curve]
     if not evaluated and not curves:
         raise RunDirError(f"{root} has neither an eval.json nor a metrics.jsonl yet: run tools/spin.sh first")
@@ -127,73 +139,63 @@ def read_results(root: Path) -> Results:
     )
 
 
-def players(config: Config, run_dir: RunDir) -> list[tuple[str, Target]]:
-    """Name and place of each model of the comparison, measured or not: the model as it came, continued SFT, then the iterations."""
+def compared_models(config: Config, run_dir: RunDir) -> list[tuple[str, Target]]:
+    """Display name and place of each model of the comparison, measured or not.
+
+    The starting model comes first, then continued SFT, then the iterations.
+    """
+    objective = objective_class(config)
+    models = [(objective.start_label, run_dir.target(baseline="sft"))]
+    if objective.compares():
+        for baseline, name in _baseline_names(config, run_dir).items():
+            models.append((name, run_dir.target(baseline=baseline)))
+    for iteration in range(num_iterations(config)):
+        models.append((objective.title(iteration), run_dir.target(iteration=iteration)))
+    return models
+
+
+def _baseline_names(config: Config, run_dir: RunDir) -> dict[str, str]:
+    """The display name of each baseline: how many steps it has taken; if that is not unique, its rate, too."""
     phases = read_json(run_dir.state)["phases"] if run_dir.state.exists() else {}
     steps = {name.partition(":")[2]: phase["steps"] for name, phase in phases.items() if "steps" in phase}
-    objective = objective_class(config)
-    baselines = config.baselines if objective.compares() else {}
-    continued = {name: f"SFT +{steps[name]} steps" if name in steps else name for name in baselines}
-    times = collections.Counter(continued.values())
-    for name, baseline in baselines.items():
-        # As many steps at another rate is another model.
-        if times[continued[name]] > 1 and baseline.learning_rate is not None:
-            continued[name] += f", lr {baseline.learning_rate:g}"
-    targets = [(objective.start_label, run_dir.target(baseline="sft"))]
-    targets += [(label, run_dir.target(baseline=name)) for name, label in continued.items()]
-    return targets + [(objective.title(t), run_dir.target(iteration=t)) for t in range(num_iterations(config))]
+    names = {}
+    for baseline in config.baselines:
+        names[baseline] = f"SFT +{steps[baseline]} steps" if baseline in steps else baseline
+    times = collections.Counter(names.values())
+    for baseline, settings in config.baselines.items():
+        if times[names[baseline]] > 1 and settings.learning_rate is not None:
+            names[baseline] += f", lr {settings.learning_rate:g}"
+    return names
 
 
 def _notes(state: dict[str, Any], objective: type[Objective]) -> list[str]:
     notes = []
     for iteration, judged in sorted(state.get("guards", {}).items(), key=lambda item: int(item[0])):
+        model = objective.title(int(iteration))
         for verdict in judged["verdicts"]:
             if verdict["tripped"]:
-                notes.append(
-                    f"Guard {verdict['guard']} ({verdict['action']}) after {objective.title(int(iteration))}: {verdict['said']}."
-                )
+                notes.append(f"Guard {verdict['guard']} ({verdict['action']}) after {model}: {verdict['said']}.")
     if (result := state.get("result")) is not None:
         notes.append(f"The result is {model_name(result)} ({result['why']}).")
     return notes
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; one that is still being written may end in half a line, which is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 def _data_patterns(config: Config, run_dir: RunDir) -> tuple[dict[str, float], int]:
-    """Share of the training answers that each pattern finds, and how many prompts there are."""
+    """Share of the training answers in which each pattern is found, and how many prompts there are."""
     path = run_dir.data / "train.parquet"
     if not path.exists():
         return {}, 0
     rows = load_rows(path)
     if not config.evaluation.patterns:
         return {}, len(rows)
-    decode = _decoder(Path(config.model.hf), run_dir)
-    if decode is None:
+    # The run keeps a copy of the tokenizer, for when the model has gone.
+    directories = (Path(config.model.hf), run_dir.base / "hf")
+    existing = [directory for directory in directories if (directory / "tokenizer_config.json").exists()]
+    if not existing:
         return {}, len(rows)
-    texts = decode([row.real_ids for row in rows])
-    return {
-        name: sum(re.search(pattern, text) is not None for text in texts) / len(texts)
-        for name, pattern in config.evaluation.patterns.items()
-    }, len(rows)
-
-
-def _decoder(hf: Path, run_dir: RunDir) -> Callable[[Sequence[Sequence[int]]], list[str]] | None:
-    """Ids to texts without special tokens; by the copy of the tokenizer in the run where the model itself has gone."""
-    for directory in (hf, run_dir.base / "hf"):
-        if (directory / "tokenizer_config.json").exists():
-            tokenizer = load_tokenizer(directory)
-            return lambda batch: [
-                str(text) for text in tokenizer.batch_decode([list(ids) for ids in batch], skip_special_tokens=True)
-            ]
-    return None
+    texts = decode(load_tokenizer(existing[0]), [row.real_ids for row in rows])
+    shares = {}
+    for name, pattern in config.evaluation.patterns.items():
+        num_found = sum(re.search(pattern, text) is not None for text in texts)
+        shares[name] = num_found / len(texts)
+    return shares, len(rows)

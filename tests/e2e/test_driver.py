@@ -20,8 +20,7 @@ import yaml
 from megatron_spin.data.rows import load_rows
 from megatron_spin.hf.logps import hf_token_logps
 from megatron_spin.hf.model import load_model
-from megatron_spin.report.diagnosis import probe
-from megatron_spin.run.directory import RunDir
+from megatron_spin.report.diagnosis import read_diagnosis
 from tests.support.processes import survivors
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl
 
@@ -208,7 +207,7 @@ def test_likelihood_of_more_files(finished: tuple[Path, float]) -> None:
 
 def test_probe_of_a_run(finished: tuple[Path, float], workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)  # the configuration has relative paths
-    result = probe(RunDir(finished[0]))
+    result = read_diagnosis(finished[0])
     measured = json.loads((finished[0] / "iteration_0/eval.json").read_text())
     assert result.held_out == 12 and result.steps == 3 and result.differences.pairs == 48
     assert result.accuracy * (1 - result.ties) == pytest.approx(measured["opponent_accuracy"])

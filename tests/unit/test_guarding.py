@@ -13,7 +13,7 @@ from megatron_spin.errors import GuardError, RunDirError
 from megatron_spin.io import read_json, write_json
 from megatron_spin.phases.guard import guard, played, result, result_hf, rolled_back, settled
 from megatron_spin.run.directory import RunDir
-from tests.unit.test_guards import curve, evaluation
+from tests.unit.evaluation.test_guards import curve, evaluation
 
 
 def config_of(tmp_path: Path, **guards: Any) -> Config:
@@ -30,10 +30,10 @@ def config_of(tmp_path: Path, **guards: Any) -> Config:
 def run_dir(tmp_path: Path) -> RunDir:
     """A run whose first iteration is healthy; the held-out NLL of the second is twice as high."""
     run_dir = RunDir(tmp_path / "run")
-    write_json(run_dir.target(baseline="sft").eval, evaluation())
+    write_json(run_dir.target(baseline="sft").eval, evaluation().to_json())
     for iteration, nll in enumerate((0.9, 1.8)):
         target = run_dir.target(iteration=iteration)
-        write_json(target.eval, evaluation(nll_per_token=nll))
+        write_json(target.eval, evaluation(nll_per_token=nll).to_json())
         write_json(target.pairs / "manifest.json", {"num_pairs": 10, "counts": {"identical": 1}})
         target.metrics.write_text("".join(json.dumps(row) + "\n" for row in curve()))
         for kind in ("train", "export", "evaluate"):

@@ -22,7 +22,7 @@ LIGHT = (
     "run",
     "spin/objective",
 )
-NEEDS_TORCH = {"megatron_spin.evaluation.answers"}
+NEEDS_TORCH = {"megatron_spin.evaluation.answers", "megatron_spin.evaluation.logps"}
 HEAVY = ("torch", "megatron.core", "transformers", "vllm")
 
 IMPORT_EACH = f"""

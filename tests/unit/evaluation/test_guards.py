@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_spin.config import GuardsConfig, from_dict, to_yaml
 from megatron_spin.errors import ConfigError
 from megatron_spin.evaluation.guards import Measures, Verdict, judge, outcome
+from megatron_spin.evaluation.record import Evaluation
 
 STEPS = 40
 BASE: dict[str, Any] = {"name": "n", "model": {"hf": "m"}, "data": {"path": "d"}}
@@ -36,13 +37,13 @@ def curve(
     return rows
 
 
-def evaluation(**changes: Any) -> dict[str, Any]:
+def evaluation(**changes: Any) -> Evaluation:
     healthy = {
-        "num_prompts": 400, "nll_per_token": 1.0, "nll_per_token_error": 0.01, "truncated_fraction": 0.05, "truncated_fraction_greedy": 0.02,
+        "model": "0" * 64, "num_prompts": 400, "nll_per_token": 1.0, "nll_per_token_error": 0.01, "truncated_fraction": 0.05, "truncated_fraction_greedy": 0.02,
         "mean_response_tokens": 100.0, "mean_real_tokens": 110.0, "repeated_fraction": 0.03, "repeated_fraction_greedy": 0.05,
         "repeated_fraction_real": 0.02,
     }  # fmt: skip
-    return healthy | changes
+    return Evaluation.from_json(healthy | changes)
 
 
 def measures(

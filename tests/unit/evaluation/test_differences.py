@@ -6,8 +6,9 @@ import zlib
 import pytest
 
 from megatron_spin.evaluation.differences import differences, phrases
-from megatron_spin.evaluation.metrics import Answer, Mean
-from megatron_spin.report.diagnosis import Probe, lines, verdict
+from megatron_spin.evaluation.metrics import Answer
+from megatron_spin.evaluation.record import Mean
+from megatron_spin.report.diagnosis import Diagnosis, lines, verdict
 
 
 def answers(texts: list[str], *, truncated: int = 0) -> list[Answer]:
@@ -62,7 +63,7 @@ def test_lengths_ends_and_identity() -> None:
 def test_where_all_held_out_answers_are_equal_there_is_nothing_to_learn() -> None:
     same = answers(["a b"] * 4)
     assert (
-        verdict(Probe(differences(same, same), 10, 100, None, None, 1.0))[-1]
+        verdict(Diagnosis(differences(same, same), 10, 100, None, None, 1.0))[-1]
         == "No held-out pair has two different answers: there is nothing to learn."
     )
 
@@ -73,12 +74,12 @@ def test_where_all_held_out_answers_are_equal_there_is_nothing_to_learn() -> Non
 )
 def test_the_verdict_follows_the_measured_accuracy(accuracy, error, words) -> None:
     same = answers(["a b"] * 4)
-    result = Probe(differences(same, same), 10, 100, accuracy, error, 0.25)
+    result = Diagnosis(differences(same, same), 10, 100, accuracy, error, 0.25)
     said = verdict(result)
     assert (
         said[0].startswith("100.0% of the generated answers equal")
         and words in said[1]
         and said[2].startswith("No phrase")
     )
-    assert lines(result)[0] == ("tokens of an answer", "3.0", "3.0")
+    assert lines(result)[0] == ["tokens of an answer", "3.0", "3.0"]
     assert result.differences.length_difference == Mean(0.0, 0.0)

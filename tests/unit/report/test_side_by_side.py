@@ -8,7 +8,7 @@ import pytest
 
 from megatron_spin.config import from_dict
 from megatron_spin.errors import RunDirError
-from megatron_spin.report.side_by_side import WIDTH, read_samples, samples_markdown
+from megatron_spin.report.side_by_side import WIDTH, read_shown, samples_markdown
 from megatron_spin.run.directory import RunDir
 from tests.support.tiny import write_jsonl
 
@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_everyone_answers_the_same_prompt(run) -> None:
-    shown = read_samples(run, count=2, decoding="sampled")
+    shown = read_shown(run, count=2, decoding="sampled")
     assert [(item.index, item.prompt) for item in shown] == [(9, "prompt 9"), (2, "prompt 2")]
     assert shown[0].answers == [
         ("real", "real 9", False),
@@ -49,7 +49,7 @@ def test_everyone_answers_the_same_prompt(run) -> None:
         ("SPIN 0", "sampled iteration_0", False),
         ("SPIN 1", "sampled iteration_1", False),
     ]
-    greedy = read_samples(run, count=9, decoding="greedy")
+    greedy = read_shown(run, count=9, decoding="greedy")
     assert len(greedy) == 3 and greedy[0].answers[1] == ("SFT", "greedy baselines/sft", False)
 
 
@@ -59,16 +59,16 @@ def test_an_unfinished_run_has_fewer_models_and_an_old_one_knows_no_cuts(run) ->
     old = row(2, "baselines/sft")
     del old["cut"]
     write_jsonl(run / "baselines/sft/samples.jsonl", [old])
-    (shown,) = read_samples(run, count=5, decoding="sampled")
+    (shown,) = read_shown(run, count=5, decoding="sampled")
     assert [name for name, _, _ in shown.answers] == ["real", "SFT", "SPIN 0"] and shown.index == 2
     assert not any(cut for _, _, cut in shown.answers)
 
 
 def test_text_stays_text(run) -> None:
-    """Nothing in an answer is taken for Markdown: its heading and its fence stay inside the block, and wrapping loses no word."""
+    """Nothing in an answer is Markdown: heading and fence stay inside the block, and wrapping loses no word."""
     text = "#### 18 **bold**\n\n````python\nx = 1\n````\n  " + "word " * 60
     write_jsonl(run / "iteration_0/samples.jsonl", [row(9, "iteration_0", sampled=text)])
-    page = samples_markdown(read_samples(run, count=1, decoding="sampled"), name="n", decoding="sampled")
+    page = samples_markdown(read_shown(run, count=1, decoding="sampled"), name="n", decoding="sampled")
     lines = page.splitlines()
     fence = "`" * 5
     start = lines.index(f"{fence}text")
@@ -100,17 +100,17 @@ def test_text_stays_text(run) -> None:
 def test_files_that_do_not_belong_together(run, rows, message) -> None:
     write_jsonl(run / "iteration_0/samples.jsonl", rows)
     with pytest.raises(RunDirError, match=message):
-        read_samples(run, count=3, decoding="sampled")
+        read_shown(run, count=3, decoding="sampled")
 
 
 def test_half_a_line_and_no_run(run, tmp_path) -> None:
     path = run / "iteration_0/samples.jsonl"
     path.write_text(json.dumps(row(9, "x"))[:-5])
     with pytest.raises(RunDirError, match="is damaged"):
-        read_samples(run, count=3, decoding="sampled")
+        read_shown(run, count=3, decoding="sampled")
     for model in MODELS:
         (run / model / "samples.jsonl").unlink()
     with pytest.raises(RunDirError, match=r"has no samples.jsonl yet"):
-        read_samples(run, count=3, decoding="sampled")
+        read_shown(run, count=3, decoding="sampled")
     with pytest.raises(RunDirError, match="is not a run directory"):
-        read_samples(tmp_path, count=3, decoding="sampled")
+        read_shown(tmp_path, count=3, decoding="sampled")

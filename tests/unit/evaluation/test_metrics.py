@@ -11,10 +11,11 @@ from megatron_spin.evaluation.metrics import (
     found,
     margins,
     mean,
+    measure_answers,
     nll_per_token,
     repeated_fraction,
-    sample_metrics,
 )
+from megatron_spin.evaluation.record import PatternMeasures
 
 ANSWER = re.compile(r"The answer is (-?\d+)")
 
@@ -45,9 +46,11 @@ def test_exact_match_without_pattern_compares_token_ids() -> None:
 
 
 def test_mean_and_its_error() -> None:
-    assert mean([]).value is None and mean([3.0]).error is None
+    assert mean([]).value is None
+    assert mean([3.0]).error is None
     result = mean([1.0, 0.0, 1.0, 0.0])
-    assert result.value == 0.5 and result.error == pytest.approx(math.sqrt((4 * 0.25 / 3) / 4))
+    assert result.value == 0.5
+    assert result.error == pytest.approx(math.sqrt((4 * 0.25 / 3) / 4))
 
 
 def test_nll_is_over_tokens_not_over_answers() -> None:
@@ -65,34 +68,34 @@ def test_margin_signs() -> None:
 
 
 def test_repeated_fraction_counts_ngrams_that_came_before() -> None:
-    assert repeated_fraction(answer("", 1, 2, 3)) == 0.0 and repeated_fraction(answer("", *range(20))) == 0.0
+    assert repeated_fraction(answer("", 1, 2, 3)) == 0.0
+    assert repeated_fraction(answer("", *range(20))) == 0.0
     assert repeated_fraction(answer("", *[5] * 20)) == 16 / 17
     assert repeated_fraction(answer("", *[1, 2, 3] * 4)) == pytest.approx(6 / 9)
     assert repeated_fraction(answer("", 1, 2, 3, 4, 9, 1, 2, 3, 4)) == pytest.approx(1 / 6)
 
 
-def test_sample_metrics() -> None:
+def test_measure_answers() -> None:
     real = [answer("First . The answer is 1", 1, 2, 3), answer("The answer is 2", 4, 5)]
     greedy = [answer("The answer is 1", 1), answer("The answer is 3", 1)]
     sampled = [
         [real[0], answer("guess . The answer is 9", 7, 7, 7, 7, 7, truncated=True)],
         [answer("The answer is 2", 8, 8), answer("The answer is 2", 4, 5)],
     ]
-    result = sample_metrics(real, greedy, sampled, answer_pattern=ANSWER, patterns={"careful": re.compile("First")})
-    assert result["exact_match_sampled"] == 0.75 and result["exact_match_greedy"] == 0.5
-    assert result["mean_response_tokens"] == 3.0 and result["mean_real_tokens"] == 2.5
-    assert result["truncated_fraction"] == 0.25 and result["identical_fraction"] == 0.5
-    assert (
-        result["truncated_fraction_greedy"] == 0.0
-        and result["repeated_fraction_greedy"] == result["repeated_fraction_real"] == 0.0
-    )
-    assert result["repeated_fraction"] == pytest.approx(
-        0.5 / 4
-    )  # of the five sevens' two 4-grams one is a repetition, in one of 2 x 2 answers
-    assert result["patterns"] == {
-        "careful": {"sampled": 0.25, "real": 0.5, "exact_match_with": 1.0, "exact_match_without": pytest.approx(2 / 3)}
+    patterns = {"careful": re.compile("First"), "never": re.compile("xyz")}
+    result = measure_answers(real, greedy, sampled, answer_pattern=ANSWER, patterns=patterns)
+    assert result.exact_match_sampled.value == 0.75
+    assert result.exact_match_greedy.value == 0.5
+    assert result.mean_response_tokens == 3.0
+    assert result.mean_real_tokens == 2.5
+    assert result.truncated_fraction == 0.25
+    assert result.identical_fraction == 0.5
+    assert result.truncated_fraction_greedy == 0.0
+    assert result.repeated_fraction_greedy == 0.0
+    assert result.repeated_fraction_real == 0.0
+    # One of the five sevens' two 4-grams is a repetition, in one of 2 x 2 answers.
+    assert result.repeated_fraction == pytest.approx(0.5 / 4)
+    assert result.patterns == {
+        "careful": PatternMeasures(0.25, 0.5, exact_match_with=1.0, exact_match_without=pytest.approx(2 / 3)),
+        "never": PatternMeasures(0.0, 0.0, exact_match_with=None, exact_match_without=0.75),
     }
-    never = sample_metrics(real, greedy, sampled, answer_pattern=ANSWER, patterns={"never": re.compile("xyz")})[
-        "patterns"
-    ]
-    assert never == {"never": {"sampled": 0.0, "real": 0.0, "exact_match_with": None, "exact_match_without": 0.75}}

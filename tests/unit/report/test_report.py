@@ -16,7 +16,7 @@ from megatron_spin.data.rows import Row, save_rows
 from megatron_spin.errors import RunDirError
 from megatron_spin.io import read_json, write_json
 from megatron_spin.report.plot import plot
-from megatron_spin.report.results import players, read_results
+from megatron_spin.report.results import compared_models, read_results
 from megatron_spin.report.table import DASH, comparison, markdown, report_markdown, times
 from megatron_spin.run.directory import RunDir
 from scripts.update_readme import OVERVIEW, markers, replace_block, run_block
@@ -206,7 +206,7 @@ def test_as_many_steps_at_another_rate_has_another_name(run, tmp_path) -> None:
     raw = dataclasses.asdict(config_of(tmp_path))
     for label, steps in (("plain", 24), ("high", 24), ("low", 24), ("long", 48)):
         run.mark_done(f"train:{label}", seconds=1.0, steps=steps, examples=4)
-    names = [name for name, _ in players(from_dict({**raw, "baselines": baselines}), run)]
+    names = [name for name, _ in compared_models(from_dict({**raw, "baselines": baselines}), run)]
     assert names == [
         "SFT",
         "SFT +24 steps",
