@@ -15,7 +15,6 @@ DEPENDENCIES = [
     "megatron-core>=0.16.1,<0.20",
     "transformers>=5.0,<6",
     "safetensors",
-    "datasets",
     "matplotlib",
     "numpy",
     "psutil",  # without it, megatron-core's dist_checkpointing.save hangs
@@ -35,6 +34,7 @@ EXTRAS = {
     "demo": ["accelerate", "gguf"],
     "dev": [
         "codespell",
+        "datasets",  # writes the Parquet files that tests read
         "hypothesis",
         "import-linter",
         "mypy",
