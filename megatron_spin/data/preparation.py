@@ -57,6 +57,7 @@ def prepare(config: Config) -> Prepared:
     """
     evaluation = config.evaluation
     tokenizer, limits = load_tokenizer_and_limits(config)
+    # All models answer held-out prompts under one cap, so the real answers to them are cut there in every iteration.
     held_out_limits = dataclasses.replace(limits, answer=config.held_out_cap)
 
     def tokenized(path: str, limits: Limits, rejected: Rejected = "ignored") -> Tokenized:
@@ -71,8 +72,8 @@ def prepare(config: Config) -> Prepared:
         held_out_rows = held_out.rows
     else:
         rows, left_out = split(source.rows, evaluation.held_out_fraction, config.data.seed)
-        # Held-out answers may be cut elsewhere than those to train on.
         held_out = source
+        # Under other limits the same rows are tokenized once more: their answers are cut elsewhere.
         if held_out_limits != limits:
             held_out = tokenized(config.data.path, held_out_limits, given)
         indices = {row.index for row in left_out}
@@ -95,6 +96,7 @@ def prepare(config: Config) -> Prepared:
         pairs = _preference_pairs(train, source.rejected, at_iteration(config.generation.truncated, 0))
     rejected = [held_out.rejected[row.index] for row in evaluated] if held_out.rejected else []
 
+    # What was read and dropped is counted before the draw, what is kept and its tokens after it.
     counts: dict[str, Any] = {
         **source.counts,
         "held_out": len(source.rows) - len(rows),

@@ -70,6 +70,7 @@ def read_source_rows(path: Path, *, rejected: Rejected = "ignored") -> SourceRow
             row at all. Errors name JSON lines by number from 1, rows of arrays and Parquet files from 0.
     """
     file = _open(Path(path))
+    # One format for the whole file, by its columns: a row that lacks one of them has an empty text there.
     name = _format_of(file.columns, path, rejected)
     convert = _CONVERTERS[name]
     kept: list[SourceRow] = []
@@ -148,6 +149,7 @@ def _open_parquet(path: Path) -> _DataFile:
 
 
 def _open_json(path: Path) -> _DataFile:
+    # By content, not by suffix: JSON Lines under the name .json are common.
     with open(path, "rb") as file:
         first = file.read(4096).lstrip()[:1]
     rows = functools.partial(_array_rows if first == b"[" else _line_rows, path)
@@ -263,7 +265,7 @@ def _preference(values: Mapping[str, Any], index: int, where: str) -> SourceRow:
         value = values[column]
         if isinstance(value, list):
             turns = sum(isinstance(message, dict) and message.get("role") == "user" for message in value)
-            # The prompt column holds one turn: what came before it in a longer conversation would be lost.
+            # The prompt column holds one turn. Of a longer conversation, everything before it would be lost.
             if turns > 1:
                 raise DroppedRow("several_turns")
             own_system, asked, value = first_turn(value, f"{where}: {column}")

@@ -87,6 +87,7 @@ def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
         raise RunDirError(f"{path} is damaged ({error}): delete it and run the phase that wrote it again") from None
     if not table.schema.equals(schema):
         raise RunDirError(
-            f"{path} has the columns {table.schema.names}, not {schema.names}: another version wrote it; use a new --run-dir"
+            f"{path} has the columns {table.schema.names}, not {schema.names}: another version wrote it; "
+            "use a new --run-dir"
         )
     return table.to_pylist()

@@ -11,13 +11,18 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
 
     ``fraction`` is a share of the prompts. If it is positive and there are two prompts, at least one is held out.
     """
+    # Sorted, so that the choice does not depend on the order of the rows.
     prompts = sorted({tuple(row.prompt_ids) for row in rows})
     count = round(len(prompts) * fraction)
     if fraction > 0 and not count and len(prompts) > 1:
         count = 1
+    # A text as seed: the split and the draws below take different random numbers from the same seed.
     chosen = set(random.Random(f"held-out {seed}").sample(prompts, count))
-    train = [row for row in rows if tuple(row.prompt_ids) not in chosen]
-    held_out = [row for row in rows if tuple(row.prompt_ids) in chosen]
+    train: list[Row] = []
+    held_out: list[Row] = []
+    for row in rows:
+        side = held_out if tuple(row.prompt_ids) in chosen else train
+        side.append(row)
     return train, held_out
 
 

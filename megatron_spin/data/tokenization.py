@@ -154,6 +154,7 @@ def tokenize(
     for item in tqdm(source.rows, desc=f"tokenize {path.name}", unit="row"):
         try:
             row = rules.row(item, item.answer)
+            # Both answers or neither: a preference with one usable answer is no pair.
             if rejected != "ignored" and item.rejected is not None:
                 rejected_rows[item.index] = rules.row(item, item.rejected)
         except DroppedRow as dropped_row:
@@ -189,6 +190,7 @@ class _RowRules:
         limits = self.limits
         prompt = prompt_ids(self.tokenizer, self.template, source.prompt, source.system)
         answer = answer_ids(self.tokenizer, text, limits.end)
+        # The order decides under which reason a row is counted.
         if len(prompt) > limits.prompt:
             raise DroppedRow("long_prompt")
         if answer == [limits.end]:
@@ -207,5 +209,6 @@ class _RowRules:
                 f"vocab_size={limits.vocabulary}: the tokenizer has tokens that the model does not know; resize the "
                 "model or use its own tokenizer"
             )
+        # A cut answer loses its end token, as a generated one that reaches its cap has none.
         cap = min(limits.answer, limits.total - len(prompt))
         return Row(source.index, prompt, answer[:cap], real_truncated=len(answer) > cap)

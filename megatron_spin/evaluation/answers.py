@@ -37,6 +37,7 @@ class EvaluatedModel:
         Raises:
             CheckpointError: it has no readable weights.
         """
+        # The starting model is never exported: it is evaluated where it is.
         hf = Path(config.model.hf) if target.baseline == "sft" else target.hf
         return cls(hf, target, identity(hf, config.precision.export_dtype))
 
@@ -86,6 +87,7 @@ def _generate(
     """Generates ``passes`` with one start of the engine and adds each to the cache."""
     prompts = [row.prompt_ids for row in rows]
     caps = answer_caps(prompts, max_new_tokens=config.held_out_cap, max_length=config.data.max_length)
+    # A baseline answers with the settings of iteration 0.
     engine = engine_settings(config, model.target.iteration or 0, hf_dir=model.hf, end_token_id=end_token_id)
     bar = tqdm(
         total=len(prompts) * len(passes), desc=f"answers of {model.target.label}", unit="prompt", dynamic_ncols=True

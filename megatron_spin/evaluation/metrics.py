@@ -32,6 +32,7 @@ def mean(values: Sequence[float]) -> Mean:
     count = len(values)
     if not count:
         return Mean(None, None)
+    # fsum rounds once, so the mean does not depend on the order of the prompts.
     value = math.fsum(values) / count
     if count == 1:
         return Mean(value, None)
@@ -50,6 +51,7 @@ def exact_match(real: Answer, generated: Answer, pattern: re.Pattern[str] | None
     if pattern is None:
         return real.token_ids == generated.token_ids
     answer = found(pattern, real.text)
+    # A pattern that finds nothing in either text is no match.
     return answer is not None and answer == found(pattern, generated.text)
 
 

@@ -45,6 +45,7 @@ class HfSession(contextlib.AbstractContextManager["HfSession"]):
             batch = order[start : start + self._settings.batch_size]
             generators = None
             if temperature > 0:
+                # One stream per prompt, by its position in the call: neither the batch size nor other prompts matter.
                 generators = [np.random.Generator(np.random.PCG64([seed, i])) for i in batch]
             sampler = _Sampler(temperature=temperature, top_p=top_p, generators=generators)
             batch_prompts = [prompts[i] for i in batch]
@@ -61,6 +62,7 @@ class HfSession(contextlib.AbstractContextManager["HfSession"]):
         answers: list[list[int]] = [[] for _ in prompts]
         rows = np.arange(len(prompts))  # the prompt of each row of the tensors below
         tokens, mask = _left_padded(prompts, self._device)
+        # With the config, layers with a sliding window keep no more than the window.
         cache = DynamicCache(config=self._model.config)
         while True:
             # [b, s]: positions count real tokens only, so padding shifts nothing.
@@ -85,6 +87,7 @@ class HfSession(contextlib.AbstractContextManager["HfSession"]):
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             tokens = chosen[:, None]
             if not alive.all():
+                # Finished rows leave, so that the tail of long answers is not paid for by the whole batch.
                 keep = torch.from_numpy(np.flatnonzero(alive)).to(self._device)
                 cache.batch_select_indices(keep)
                 tokens, mask, rows = tokens[keep], mask[keep], rows[alive]
@@ -119,6 +122,7 @@ class _Sampler:
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     """Zeroes all but the likeliest tokens that together reach ``top_p`` (at least one); [b, v], not renormalised."""
     ordered, order = probabilities.sort(dim=-1, descending=True)
+    # A token is kept while those before it have not reached top_p yet, so the likeliest one always is.
     beyond = ordered.cumsum(-1) - ordered >= top_p
     return probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
 

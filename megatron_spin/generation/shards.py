@@ -56,10 +56,10 @@ def shard_seed(seed: int, iteration: int, number: int) -> int:
 def plan_shards(rows: Sequence[Row], *, shard_size: int, seed: int, iteration: int) -> list[Shard]:
     """``rows`` cut into shards of ``shard_size``; the last may be smaller."""
     starts = range(0, len(rows), shard_size)
-    return [
-        Shard(number, rows[start : start + shard_size], shard_seed(seed, iteration, number))
-        for number, start in enumerate(starts)
-    ]
+    shards = []
+    for number, start in enumerate(starts):
+        shards.append(Shard(number, rows[start : start + shard_size], shard_seed(seed, iteration, number)))
+    return shards
 
 
 class ShardStore:
@@ -93,6 +93,7 @@ class ShardStore:
         """
         answers = self._answers(shard)
         manifest_path = answers.with_suffix(".json")
+        # The manifest is written last, so a shard without one is unfinished.
         try:
             manifest = json.loads(manifest_path.read_text())
             difference = self._difference(manifest, shard)

@@ -39,6 +39,7 @@ def draw(results: Results) -> "Figure":
     import matplotlib
     from matplotlib.figure import Figure
 
+    # Figure itself, not pyplot: pyplot keeps every figure it makes and chooses a backend for the whole process.
     rows = [panels for panels in (_curve_panels(results), _measured_panels(results)) if panels]
     width = max(len(panels) for panels in rows)
     with matplotlib.rc_context(STYLE):

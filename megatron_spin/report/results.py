@@ -161,6 +161,7 @@ def _baseline_names(config: Config, run_dir: RunDir) -> dict[str, str]:
     names = {}
     for baseline in config.baselines:
         names[baseline] = f"SFT +{steps[baseline]} steps" if baseline in steps else baseline
+    # As many steps at another rate is another model.
     times = collections.Counter(names.values())
     for baseline, settings in config.baselines.items():
         if times[names[baseline]] > 1 and settings.learning_rate is not None:
