@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from megatron_spin.config.values import MergedOver, Range
+from megatron_spin.config.values import MergedOver, Range, as_list
 from megatron_spin.errors import ConfigError
 
 
@@ -88,7 +88,7 @@ def _parse_annotated(kind: Any, markers: tuple[Any, ...], value: Any, path: str)
         if isinstance(marker, MergedOver):
             parsed = {**marker.defaults, **parsed}
         if isinstance(marker, Range):
-            for item in parsed if isinstance(parsed, list) else [parsed]:
+            for item in as_list(parsed):
                 _check_range(marker, item, path)
     return parsed
 

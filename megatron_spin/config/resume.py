@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_spin.config.config import Config
 from megatron_spin.config.parsing import flatten
-from megatron_spin.config.values import at_iteration
+from megatron_spin.config.values import as_list, at_iteration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Use:
     """It names a file or directory, of which the phases depend on the content and not on the name."""
 
 
-LONGEST = Part("the longest", lambda value: max(value) if isinstance(value, list) else value)
+LONGEST = Part("the longest", lambda value: max(as_list(value)))
 FIRST = Part("iteration 0", lambda value: at_iteration(value, 0))
 
 USES = (
@@ -96,7 +96,7 @@ USES = (
     Use("training.objective", ("prepare", "generate", "train")),
     Use("training.epochs", ("train",), by_iteration=True, counts_steps=True),
     Use("training.steps", ("train",), by_iteration=True, counts_steps=True),
-    Use("training.global_batch_size", ("train",)),
+    Use("training.global_batch_size", ("train",), by_iteration=True, counts_steps=True),
     Use("training.learning_rate", ("train",), by_iteration=True),
     Use("training.schedule", ("train",)),
     Use("training.warmup_fraction", ("train",)),

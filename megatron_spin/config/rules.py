@@ -6,6 +6,7 @@ from collections.abc import Callable
 from megatron_spin.config.config import Config
 from megatron_spin.config.named import is_name
 from megatron_spin.config.training import OBJECTIVES
+from megatron_spin.config.values import as_list
 from megatron_spin.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -35,12 +36,14 @@ def _objective(config: Config) -> str | None:
 
 
 def _whole_microbatches(config: Config) -> str | None:
-    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
-    if batch % micro == 0:
-        return None
-    return (
-        f"training.global_batch_size={batch} is not a multiple of training.micro_batch_size={micro}: change one of them"
-    )
+    micro = config.training.micro_batch_size
+    for batch in as_list(config.training.global_batch_size):
+        if batch % micro:
+            return (
+                f"training.global_batch_size={batch} is not a multiple of training.micro_batch_size={micro}: "
+                "change one of them"
+            )
+    return None
 
 
 def _room_for_an_answer(config: Config) -> str | None:

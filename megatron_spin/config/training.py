@@ -26,7 +26,7 @@ class TrainingConfig:
     """Passes over the pairs per iteration."""
     steps: Annotated[PerIteration[int | None], Positive] = None
     """Optimizer steps per iteration; overrides ``epochs``."""
-    global_batch_size: Annotated[int, Positive] = 64
+    global_batch_size: Annotated[PerIteration[int], Positive] = 64
     """Pairs (for ``sft``: sequences) per optimizer step."""
     micro_batch_size: Annotated[int, Positive] = 4
     """Pairs (for ``sft``: sequences) per forward pass of one data parallel rank."""

@@ -19,6 +19,11 @@ def at_iteration(value: PerIteration[T], iteration: int) -> T:
     return value
 
 
+def as_list(value: PerIteration[T]) -> list[T]:
+    """All values of a per-iteration setting."""
+    return value if isinstance(value, list) else [value]
+
+
 @dataclasses.dataclass(frozen=True)
 class Range:
     """The numbers that a field may have, for ``Annotated[float, Range(...)]``.

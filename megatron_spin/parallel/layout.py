@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_spin.config import Config
+from megatron_spin.config.values import as_list
 from megatron_spin.errors import ConfigError
 
 REQUIRED = ("num_attention_heads", "num_hidden_layers", "intermediate_size")
@@ -79,10 +80,12 @@ def _batch_errors(config: Config, world_size: int) -> list[str]:
             f"x context {cp}): start a multiple of {replica}, or change the parallel sizes"
         ]
     dp, micro = world_size // replica, training.micro_batch_size
-    if training.global_batch_size % (micro * dp):
-        return [
-            f"training.global_batch_size={training.global_batch_size} is not a multiple of "
-            f"training.micro_batch_size={micro} x {dp} data parallel ranks ({world_size} processes / tensor {tp} / "
-            f"pipeline {pp} / context {cp}): change one of them"
-        ]
-    return []
+    errors = []
+    for batch in as_list(training.global_batch_size):
+        if batch % (micro * dp):
+            errors.append(
+                f"training.global_batch_size={batch} is not a multiple of training.micro_batch_size={micro} x {dp} "
+                f"data parallel ranks ({world_size} processes / tensor {tp} / pipeline {pp} / context {cp}): "
+                "change one of them"
+            )
+    return errors

@@ -78,7 +78,7 @@ def initialize(parallel: ParallelConfig, device: torch.device, *, seed: int = 0)
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
         )
-        model_parallel_cuda_manual_seed(seed + 1)
+        model_parallel_cuda_manual_seed(seed + 1)  # positive, as Megatron-LM asks of its own seed
     return ParallelDims(
         device=device,
         rank=torch.distributed.get_rank(),

@@ -85,7 +85,7 @@ def read_inputs(config: Config, run_dir: RunDir, target: Target) -> Inputs:
     return Inputs(
         examples=examples,
         objective=objective,
-        sampler=_sampler(config, len(examples)),
+        sampler=_sampler(config, iteration, len(examples)),
         plan=_plan(
             config,
             total=total_steps(config, iteration, len(examples)),
@@ -109,7 +109,7 @@ def _baseline_inputs(config: Config, run_dir: RunDir, name: str) -> Inputs:
     return Inputs(
         examples=examples,
         objective=Sft(),
-        sampler=_sampler(config, len(examples)),
+        sampler=_sampler(config, 0, len(examples)),
         plan=_plan(config, total=_baseline_steps(config, run_dir, baseline), peak=peak),
     )
 
@@ -118,8 +118,9 @@ def _real_examples(run_dir: RunDir) -> list[Example]:
     return [Example(row.prompt_ids, (row.real_ids,)) for row in load_rows(run_dir.data / "train.parquet")]
 
 
-def _sampler(config: Config, num_examples: int) -> BatchSampler:
-    return BatchSampler(num_examples, config.training.global_batch_size, config.training.seed)
+def _sampler(config: Config, iteration: int, num_examples: int) -> BatchSampler:
+    batch_size = at_iteration(config.training.global_batch_size, iteration)
+    return BatchSampler(num_examples, batch_size, config.training.seed)
 
 
 def _plan(config: Config, *, total: int, peak: float) -> StepPlan:
@@ -131,7 +132,7 @@ def total_steps(config: Config, iteration: int, num_examples: int) -> int:
     """Optimizer steps of an iteration: ``training.steps``, or whole batches of ``training.epochs``."""
     steps = at_iteration(config.training.steps, iteration)
     epochs = at_iteration(config.training.epochs, iteration)
-    return steps or epochs * _sampler(config, num_examples).steps_per_epoch
+    return steps or epochs * _sampler(config, iteration, num_examples).steps_per_epoch
 
 
 def _baseline_steps(config: Config, run_dir: RunDir, baseline: BaselineConfig) -> int:
@@ -173,7 +174,13 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
     dims = initialize(config.parallel, device)
     say: Callable[[str], None] = print if dims.rank == 0 else (lambda message: None)
     say(announce(dims, config))
-    policy = build_policy(config, inputs.examples, dims=dims, peak=inputs.plan.peak)
+    policy = build_policy(
+        config,
+        inputs.examples,
+        dims=dims,
+        peak=inputs.plan.peak,
+        global_batch_size=inputs.sampler.global_batch_size,
+    )
     say(_describe(inputs))
 
     done = latest_step(target.checkpoints) or 0

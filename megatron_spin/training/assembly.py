@@ -58,7 +58,9 @@ class Policy:
         )
 
 
-def build_policy(config: Config, examples: Sequence[Example], *, dims: ParallelDims, peak: float) -> Policy:
+def build_policy(
+    config: Config, examples: Sequence[Example], *, dims: ParallelDims, peak: float, global_batch_size: int
+) -> Policy:
     """Builds the policy for ``examples``; ``peak`` is the highest learning rate, which Megatron's optimizer is told."""
     model, optimizer = wrap_and_optimize(build_model(config, dims), config, dims=dims, learning_rate=peak)
     batcher = Batcher(
@@ -69,4 +71,4 @@ def build_policy(config: Config, examples: Sequence[Example], *, dims: ParallelD
         dp_size=dims.dp_size,
         device=dims.device,
     )
-    return Policy(model, optimizer, batcher, config.training.global_batch_size, dims)
+    return Policy(model, optimizer, batcher, global_batch_size, dims)

@@ -50,7 +50,13 @@ def make_policy(config: Config, pairs: list[Any]) -> Any:
     dims = initialize(config.parallel, device)
     width = len(objective_class(config).answers)
     examples = [Example(prompt, tuple(answers[:width])) for prompt, *answers in pairs]
-    policy = build_policy(config, examples, dims=dims, peak=at_iteration(config.training.learning_rate, 0))
+    policy = build_policy(
+        config,
+        examples,
+        dims=dims,
+        peak=at_iteration(config.training.learning_rate, 0),
+        global_batch_size=at_iteration(config.training.global_batch_size, 0),
+    )
     load_hf(policy.model, Path(config.model.hf), dims)
     policy.optimizer.reload_model_params()
     return policy
@@ -63,7 +69,7 @@ def make_trainer(config: Config, pairs: list[Any], scores: np.ndarray | None, *,
     from megatron_spin.training.schedule import StepPlan
 
     training = config.training
-    sampler = BatchSampler(len(pairs), training.global_batch_size, training.seed)
+    sampler = BatchSampler(len(pairs), at_iteration(training.global_batch_size, 0), training.seed)
     plan = StepPlan(
         total=steps,
         peak=at_iteration(training.learning_rate, 0),

@@ -78,6 +78,7 @@ def test_what_may_always_change(change: str) -> None:
         ("training.steps=[null, 3]", "training.steps", FIRST, "train:1"),
         ("training.epochs=[2, 3]", "training.epochs", FIRST, "train:sft_continued"),
         ("training.global_batch_size=128", "training.global_batch_size", START | {"generate:0"}, "train:0"),
+        ("training.global_batch_size=[64, 128]", "training.global_batch_size", FIRST, "train:1"),
         ("training.optimizer.clip_grad=9.0", "training.optimizer.clip_grad", START | {"generate:0"}, "train:0"),
         ("training.optimizer.clip_grad=9.0", "training.optimizer.clip_grad", START, "train:sft_continued"),
         ("baselines.sft_continued.steps=7", "baselines.sft_continued.steps", FIRST, "train:sft_continued"),

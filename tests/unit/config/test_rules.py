@@ -28,6 +28,7 @@ def refused(**sections: Any) -> str:
         ({"training": {"warmup_fraction": 1.5}}, "training.warmup_fraction=1.5 must lie between 0 and 1"),
         ({"evaluation": {"held_out_fraction": 1.0}}, "evaluation.held_out_fraction=1.0"),
         ({"training": {"global_batch_size": 10, "micro_batch_size": 4}}, "global_batch_size=10 is not a multiple of"),
+        ({"training": {"global_batch_size": [8, 10], "micro_batch_size": 4}}, "global_batch_size=10 is not a multiple"),
         ({"data": {"path": "d", "max_length": 8, "max_prompt_length": 8}}, "data.max_prompt_length=8 leaves no room"),
         (
             {"training": {"objective": "ppo"}},

@@ -84,6 +84,11 @@ def test_heads_without_groups_and_incomplete_config() -> None:
     assert "lacks intermediate_size" in error
 
 
+def test_the_batch_of_every_iteration_must_fit() -> None:
+    [error] = layout(2, world_size=4, training={"global_batch_size": [16, 6]})
+    assert "global_batch_size=6 is not a multiple of training.micro_batch_size=2 x 2 data parallel ranks" in error
+
+
 def test_sequence_lengths_are_aligned_for_tensor_cores_and_sequence_parallelism() -> None:
     assert alignment(config()) == 8
     assert alignment(config(parallel={"tensor_model_parallel_size": 4})) == 8
