@@ -1,12 +1,12 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from tests.support.world import World, worlds
+from tests.support.world import Worlds, worlds
 
 
 @pytest.fixture(scope="package")
-def world() -> Iterator[Callable[[int], World]]:
-    """One persistent gloo world a size, shared by all tests of this directory, and gone before the next ones are timed."""
+def world() -> Iterator[Worlds]:
+    """One persistent gloo world per size for all tests of this directory. It ends before other tests are timed."""
     with worlds() as getter:
         yield getter

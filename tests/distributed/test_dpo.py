@@ -12,6 +12,7 @@ from megatron_spin.data.sampler import BatchSampler
 from tests.distributed.test_parity import close
 from tests.support.ranks import first_gradients, scores_of, tiny_config
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl
+from tests.support.world import Worlds
 
 BETA = 0.3
 
@@ -51,7 +52,7 @@ def independent_dpo(
     return total.item(), {name: parameter.grad for name, parameter in policy.named_parameters()}
 
 
-def test_one_dpo_step_equals_an_independent_implementation(world, tmp_path: Path) -> None:
+def test_one_dpo_step_equals_an_independent_implementation(world: Worlds, tmp_path: Path) -> None:
     """The reference is another model than the policy here, so that margins of both signs count, not only their gradient at 0."""
     tiny_model(tmp_path / "policy")
     tiny_model(tmp_path / "reference", seed=1)

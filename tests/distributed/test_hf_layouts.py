@@ -19,19 +19,22 @@ from tests.support.roundtrip import (
     roundtrip,
     untied_copies_error,
 )
+from tests.support.world import Worlds
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {case: make_model(root / case, case, seed=seed) for seed, case in enumerate(CASES)}
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("tp_size", "pp_size"), LAYOUTS)
-def test_roundtrip_is_bitwise_equal(world, models, tmp_path, case: str, tp_size: int, pp_size: int) -> None:
+def test_roundtrip_is_bitwise_equal(
+    world: Worlds, models: dict[str, Path], tmp_path: Path, case: str, tp_size: int, pp_size: int
+) -> None:
     if CASES[case]["heads"] % tp_size:
         tp_size = 2  # 2 heads: a smaller layout stands for it
     dtype = "bf16" if CASES[case].get("dtype") == torch.bfloat16 else "fp32"
@@ -80,7 +83,7 @@ EMBEDDING, LAST_GATE = "model.embed_tokens.weight", "model.layers.3.mlp.gate_pro
 )
 @pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (1, 2), (2, 2)])
 def test_weights_that_do_not_fit_are_refused_on_every_rank(
-    world, models, tmp_path, change: Change, message: str, tp_size: int, pp_size: int
+    world: Worlds, models: dict[str, Path], tmp_path: Path, change: Change, message: str, tp_size: int, pp_size: int
 ) -> None:
     altered = shutil.copytree(models["llama_tied"], tmp_path / "altered")
     weights = load_file(altered / "model.safetensors")
@@ -93,7 +96,7 @@ def test_weights_that_do_not_fit_are_refused_on_every_rank(
     assert re.match(message, errors[0]) if message else not errors[0], errors[0]
 
 
-def test_a_model_of_another_vocabulary_is_refused(world, models, tmp_path) -> None:
+def test_a_model_of_another_vocabulary_is_refused(world: Worlds, models: dict[str, Path], tmp_path: Path) -> None:
     larger = make_model(tmp_path / "larger", "llama", vocabulary=200)
     errors = world(2).run(load_error, larger, built_from=models["llama"], tp_size=2, pp_size=1)
     assert len(set(errors)) == 1
@@ -102,14 +105,18 @@ def test_a_model_of_another_vocabulary_is_refused(world, models, tmp_path) -> No
     )
 
 
-def test_copies_of_a_tied_embedding_that_differ_by_one_bit_are_caught(world, models, tmp_path) -> None:
+def test_copies_of_a_tied_embedding_that_differ_by_one_bit_are_caught(
+    world: Worlds, models: dict[str, Path], tmp_path: Path
+) -> None:
     errors = world(2).run(untied_copies_error, models["llama_tied"], tmp_path / "out")
     assert len(set(errors)) == 1 and "copy of the tied embedding differs" in errors[0]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 2)])
-def test_an_export_that_cannot_be_written_leaves_nothing(world, models, tmp_path, tp_size: int, pp_size: int) -> None:
+def test_an_export_that_cannot_be_written_leaves_nothing(
+    world: Worlds, models: dict[str, Path], tmp_path: Path, tp_size: int, pp_size: int
+) -> None:
     errors = world(tp_size * pp_size).run(
         export_without_space, models["llama"], tmp_path / "out", tp_size=tp_size, pp_size=pp_size, limit=45_000
     )
@@ -121,7 +128,9 @@ def test_an_export_that_cannot_be_written_leaves_nothing(world, models, tmp_path
     ("case", "tp_size", "pp_size"),
     [("llama_tied", 1, 1), ("llama", 2, 1), ("mistral", 1, 2), ("llama_one_kv_head", 2, 2)],
 )
-def test_the_gate_catches_one_altered_weight(world, models, tmp_path, case: str, tp_size: int, pp_size: int) -> None:
+def test_the_gate_catches_one_altered_weight(
+    world: Worlds, models: dict[str, Path], tmp_path: Path, case: str, tp_size: int, pp_size: int
+) -> None:
     """One element of a tensor changed by 2%, the largest one; the smallest fault that was caught is printed."""
     names = ["model.layers.0.self_attn.v_proj.weight", "model.layers.3.mlp.down_proj.weight", "model.norm.weight"]
     faults = [(name, change) for name in names for change in (0.02, 0.001)]
@@ -136,7 +145,7 @@ def test_the_gate_catches_one_altered_weight(world, models, tmp_path, case: str,
     assert all(re.search(r"differ by \S+ nats per token", result) for result in results if isinstance(result, str))
 
 
-def test_the_gate_knows_a_model_that_rounding_moves_from_a_wrong_one(world, tmp_path) -> None:
+def test_the_gate_knows_a_model_that_rounding_moves_from_a_wrong_one(world: Worlds, tmp_path: Path) -> None:
     """In bf16 a deep model with large weights differs from transformers by more than the fixed bound.
 
     Real models do so on random tokens.

@@ -7,12 +7,13 @@ import pytest
 
 from tests.support.ranks import random_pairs, tiny_config, trained_weights
 from tests.support.tiny import tiny_model
+from tests.support.world import Worlds
 
 VOCABULARY = 99
 
 
 @pytest.mark.parametrize("name", ["adam", "rmsprop", "sgd"])
-def test_matrices_decay_and_norms_do_not(world, tmp_path: Path, name: str):
+def test_matrices_decay_and_norms_do_not(world: Worlds, tmp_path: Path, name: str) -> None:
     tiny_model(tmp_path / "model", vocabulary=VOCABULARY, tokenizer=False)
     pairs, scores = random_pairs(8, vocabulary=VOCABULARY), np.full((8, 2), -40.0, dtype=np.float32)
     trained = []

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from megatron_spin.data.sampler import BatchSampler
 from tests.support.ranks import random_pairs, scores_of, tiny_config, trained_weights
 from tests.support.tiny import tiny_model
+from tests.support.world import Worlds
 
 VOCABULARY = 99
 STEPS, PEAK, WARMUP, BETA, CLIP = 50, 3e-4, 0.1, 0.1, 1.0
@@ -116,7 +117,9 @@ CASES: dict[str, tuple[str, str, int, Callable[[Any], torch.optim.Optimizer]]] =
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fifty_steps_equal_a_plain_loop(world, model, pairs, case):
+def test_fifty_steps_equal_a_plain_loop(
+    world: Worlds, model: Path, pairs: list[tuple[list[int], list[int], list[int]]], case: str
+) -> None:
     """Seen, at most: 7e-7 in the loss, 7e-7 in the gradient norm, 9e-6 in what a tensor moved; the bounds are about ten times that.
 
     Both sides compute in fp32, but sum in another order (one matrix for Q, K and V, another padding, four microbatches), so a gradient

@@ -1,10 +1,14 @@
 """A user's own model provider gets the very same SPIN step."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from tests.support.ranks import first_gradients, losses, random_pairs, tiny_config
 from tests.support.tiny import VOCABULARY, tiny_model
+from tests.support.world import Worlds
 
 PROVIDER = "examples.providers.plain_gpt:model_provider"
 
@@ -12,7 +16,9 @@ PROVIDER = "examples.providers.plain_gpt:model_provider"
 @pytest.mark.parametrize(
     ("size", "parallel"), [(1, {}), (2, {"tensor_model_parallel_size": 2}), (2, {"pipeline_model_parallel_size": 2})]
 )
-def test_plain_gpt_model_trains_as_ours_does(world, tmp_path, size, parallel):
+def test_plain_gpt_model_trains_as_ours_does(
+    world: Worlds, tmp_path: Path, size: int, parallel: dict[str, Any]
+) -> None:
     tiny_model(tmp_path, tied=True, tokenizer=False)
     pairs = random_pairs(16, vocabulary=VOCABULARY)
     scores = np.full((16, 2), -40.0, dtype=np.float32)

@@ -9,6 +9,7 @@ import torch
 
 from tests.support.ranks import random_pairs, resumed_weights, tiny_config, trained_weights
 from tests.support.tiny import tiny_model
+from tests.support.world import Worlds
 
 VOCABULARY = 99
 
@@ -22,7 +23,7 @@ def step_differences(*, decay: float, decoupled: bool, steps: int = 50) -> float
 
     generator = torch.Generator().manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.linspace(-1, 1, 60).view(3, 20).clone())] for _ in range(2))
-    settings = {"lr": 1e-2, "eps": 1e-6, "weight_decay": decay}
+    settings: dict[str, Any] = {"lr": 1e-2, "eps": 1e-6, "weight_decay": decay}
     rmsprop = RMSProp(ours, betas=(0.0, 0.9), decoupled=decoupled, **settings)
     torchs = torch.optim.RMSprop(theirs, alpha=0.9, **settings)
     for step in range(steps):
@@ -33,7 +34,7 @@ def step_differences(*, decay: float, decoupled: bool, steps: int = 50) -> float
     return float((ours[0] - theirs[0]).detach().abs().max())
 
 
-def test_the_step_is_torchs_bit_for_bit(world):
+def test_the_step_is_torchs_bit_for_bit(world: Worlds) -> None:
     assert world(1).run(step_differences, decay=0.0, decoupled=True) == [0.0]
     assert world(1).run(step_differences, decay=0.1, decoupled=False) == [0.0]
     assert world(1).run(step_differences, decay=0.1, decoupled=True)[0] > 1e-3  # AdamW's decay is another
@@ -42,7 +43,7 @@ def test_the_step_is_torchs_bit_for_bit(world):
 @pytest.mark.parametrize(
     ("ranks", "dtype"), [(1, "fp32"), (2, "fp32"), pytest.param(2, "bf16", marks=pytest.mark.slow)]
 )
-def test_resumed_equals_uninterrupted_bit_for_bit(world, tmp_path: Path, ranks: int, dtype: str):
+def test_resumed_equals_uninterrupted_bit_for_bit(world: Worlds, tmp_path: Path, ranks: int, dtype: str) -> None:
     tiny_model(tmp_path / "model", vocabulary=VOCABULARY, tokenizer=False)
     training: dict[str, Any] = {"learning_rate": 1e-4, "schedule": "linear", "optimizer": {"optimizer": "rmsprop"}}
     config = tiny_config(tmp_path / "model", precision={"dtype": dtype}, training=training)

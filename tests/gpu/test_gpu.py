@@ -1,16 +1,23 @@
-"""On one GPU: loss, gradients, RMSProp and one self-play iteration; Transformer Engine's layer spec against ours. Skips itself without one."""
+"""On one GPU: loss, gradients, RMSProp and one self-play iteration; Transformer Engine's layer spec against ours.
+
+The tests skip themselves without a GPU.
+"""
 
 import importlib.util
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.support.ranks import first_gradients, make_trainer, random_pairs, tiny_config
+from megatron_spin.config import Config, at_iteration
+from tests.support.ranks import TokenPair, first_gradients, make_trainer, random_pairs, tiny_config
 from tests.support.runs import metrics, run_tool, tiny_yaml
 from tests.support.tiny import tiny_model
-from tests.support.world import worlds
+from tests.support.world import World, worlds
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 needs_transformer_engine = pytest.mark.skipif(
@@ -19,32 +26,32 @@ needs_transformer_engine = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def world():
+def world() -> Iterator[World]:
     with worlds() as getter:
         yield getter(1)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
     tiny_model(directory, tokenizer=False)
     return directory
 
 
-def step(world, model, **sections):
+def step(world: World, model: Path, **sections: Any) -> Any:
     pairs = random_pairs(16, vocabulary=100)
     scores = np.full((16, 2), -40.0, dtype=np.float32)
     [result] = world.run(first_gradients, tiny_config(model, device="cuda", **sections), pairs, scores)
     return result
 
 
-def distance(actual, expected):
+def distance(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict[str, float]:
     return {
         name: float(np.linalg.norm(actual[name] - expected[name]) / np.linalg.norm(expected[name])) for name in expected
     }
 
 
-def test_gpu_equals_cpu_in_fp32(world, model):
+def test_gpu_equals_cpu_in_fp32(world: World, model: Path) -> None:
     pairs, scores = random_pairs(16, vocabulary=100), np.full((16, 2), -40.0, dtype=np.float32)
     with worlds() as getter:  # the CPU adapter and CUDA do not share a process
         [(named, grads)] = getter(1).run(first_gradients, tiny_config(model), pairs, scores)
@@ -55,7 +62,7 @@ def test_gpu_equals_cpu_in_fp32(world, model):
 
 @needs_transformer_engine
 @pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-3), ("bf16", 1e-2)])
-def test_transformer_engine_spec_equals_the_local_one(world, model, dtype, bound):
+def test_transformer_engine_spec_equals_the_local_one(world: World, model: Path, dtype: str, bound: float) -> None:
     precision = {"dtype": dtype}
     local, local_grads = step(world, model, layer_spec="local", precision=precision)
     fused, fused_grads = step(world, model, layer_spec="transformer_engine", precision=precision)
@@ -63,19 +70,21 @@ def test_transformer_engine_spec_equals_the_local_one(world, model, dtype, bound
     assert max(distance(fused_grads, local_grads).values()) < 5 * bound
 
 
-def rmsprop_differences(config, pairs, *, steps):
-    """Of each parameter, the distance between the trainer's RMSProp and torch's after ``steps`` gradients, as a share of what it moved."""
+def rmsprop_differences(config: Config, pairs: list[TokenPair], *, steps: int) -> dict[str, float]:
+    """Distance of each parameter between the trainer's RMSProp and torch's after ``steps`` gradients.
+
+    It is relative to the distance that the parameter moved.
+    """
     trainer = make_trainer(config, pairs, None, steps=steps)
     ours = dict(trainer.model[0].named_parameters())
     theirs = {name: torch.nn.Parameter(parameter.detach().clone()) for name, parameter in ours.items()}
     before = {name: parameter.detach().clone() for name, parameter in ours.items()}
-    torchs = torch.optim.RMSprop(theirs.values(), lr=config.training.learning_rate)
+    torchs = torch.optim.RMSprop(theirs.values(), lr=at_iteration(config.training.learning_rate, 0))
     torch.manual_seed(0)
     for step in range(steps):
         for name, parameter in ours.items():
-            gradient = torch.randn_like(theirs[name]) * 10.0 ** (
-                step - 4
-            )  # growing, so that eps counts at first and every step moves
+            # Growing, so that eps counts at first and every step moves.
+            gradient = torch.randn_like(theirs[name]) * 10.0 ** (step - 4)
             parameter.main_grad.copy_(gradient)
             theirs[name].grad = gradient
         trainer.optimizer.step()
@@ -84,7 +93,7 @@ def rmsprop_differences(config, pairs, *, steps):
         return {name: float((ours[name] - theirs[name]).norm() / (theirs[name] - before[name]).norm()) for name in ours}
 
 
-def test_rmsprop_is_torchs(world, model):
+def test_rmsprop_is_torchs(world: World, model: Path) -> None:
     """Megatron may pick a fused Adam here, which is RMSProp without bias correction but rounds otherwise.
 
     Its formula, written out on a CPU, is 3e-7 away; with an eps larger by a tenth 8e-4, and with bias correction 0.8.
@@ -98,7 +107,7 @@ def test_rmsprop_is_torchs(world, model):
     assert max(differences.values()) < 1e-5, differences
 
 
-def test_one_self_play_iteration(tmp_path):
+def test_one_self_play_iteration(tmp_path: Path) -> None:
     config, run = tiny_yaml(tmp_path, device="cuda", precision={"dtype": "bf16"}), tmp_path / "run"
     run_tool("prepare.py", config, "--run-dir", run)
     run_tool(

@@ -1,7 +1,7 @@
 """What the ranks of a test world run: real SPIN steps at any layout, with losses, gradients and weights to compare."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -14,22 +14,34 @@ def tiny_config(
 ) -> Config:
     """A configuration for the tiny models of the tests: fp32, 8 pairs a step in microbatches of 2, SGD."""
     training = {
-        "global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 0.01, "schedule": "constant", "warmup_fraction": 0.0,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "learning_rate": 0.01,
+        "schedule": "constant",
+        "warmup_fraction": 0.0,
         "optimizer": optimizer or {"optimizer": "sgd", "sgd_momentum": 0.0, "clip_grad": 0.0},
-    }  # fmt: skip
-    raw = {
-        "name": "tiny", "model": {"hf": str(hf), "make_vocab_size_divisible_by": 8}, "data": {"path": "unused", "max_length": 128},
-        "precision": {"dtype": "fp32"}, "parallel": parallel or {}, "device": "cpu", "training": training, "spin": {"beta": 0.3},
-    }  # fmt: skip
+    }
+    raw: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"hf": str(hf), "make_vocab_size_divisible_by": 8},
+        "data": {"path": "unused", "max_length": 128},
+        "precision": {"dtype": "fp32"},
+        "parallel": parallel or {},
+        "device": "cpu",
+        "training": training,
+        "spin": {"beta": 0.3},
+    }
     for name, section in sections.items():
         raw[name] = {**raw[name], **section} if isinstance(raw.get(name), dict) else section
     return from_dict(raw)
 
 
-def random_pairs(
-    count: int, *, vocabulary: int, seed: int = 0, prompt: int = 9, answer: int = 14
-) -> list[tuple[list[int], list[int], list[int]]]:
-    """(prompt, real, generated) token ids of random lengths from 1 up to the given ones."""
+TokenPair: TypeAlias = tuple[list[int], list[int], list[int]]
+"""Token ids of a prompt, its real and its generated answer."""
+
+
+def random_pairs(count: int, *, vocabulary: int, seed: int = 0, prompt: int = 9, answer: int = 14) -> list[TokenPair]:
+    """Pairs whose three parts have random lengths from 1 up to the given ones."""
     generator = np.random.default_rng(seed)
 
     def ids(longest: int) -> list[int]:

@@ -10,9 +10,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeAlias
 
 TIMEOUT = 300
+"""Seconds that a rank has for one call."""
 
 
 class RankError(Exception):
@@ -20,7 +21,10 @@ class RankError(Exception):
 
 
 class World:
-    """``size`` processes of one gloo group. A function that fails on any rank ends the world; the next call starts another."""
+    """``size`` processes of one gloo group.
+
+    A function that fails on any rank ends the world; the next call starts another.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -28,7 +32,10 @@ class World:
         self._pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
-        """``function(*arguments, **named)`` on every rank; the results in the order of ranks. ``function`` must stand at module level."""
+        """Runs ``function(*arguments, **named)`` on every rank and returns the results in the order of ranks.
+
+        ``function`` must be at module level.
+        """
         if not self._processes:
             self._start()
         for pipe in self._pipes:
@@ -44,7 +51,7 @@ class World:
                 ok, value = False, "its process ended"
             if not ok:
                 failure = f"rank {rank} of {self.size}: {value}"
-                break  # the others may wait for it in a collective for ever
+                break  # the others may wait for it in a collective without end
             results.append(value)
         if failure is not None:
             self.close()
@@ -70,6 +77,10 @@ class World:
             self._pipes.append(ours)
 
 
+Worlds: TypeAlias = Callable[[int], World]
+"""Gives the world of a size; the type of the ``world`` fixtures."""
+
+
 def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -89,7 +100,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
         except EOFError:
             return
         try:
-            # A group of its own for each call: the layouts of earlier calls, with a thread for each of their groups, must not pile up.
+            # Each call has a group of its own: the groups of earlier layouts, with a thread each, must not pile up.
             dist.init_process_group("gloo", store=dist.PrefixStore(str(call), store), rank=rank, world_size=size)
             result = function(*arguments, **named)
             dist.barrier()
@@ -112,8 +123,8 @@ def _leave() -> None:
 
 
 @contextlib.contextmanager
-def worlds() -> Iterator[Callable[[int], World]]:
-    """A getter of worlds by size, each started on first use and ended with the block."""
+def worlds() -> Iterator[Worlds]:
+    """Yields a getter of worlds by size. Each starts on first use and ends with the block."""
     alive: dict[int, World] = {}
     try:
         yield lambda size: alive.setdefault(size, World(size))

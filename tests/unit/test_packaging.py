@@ -4,7 +4,7 @@ import ast
 
 import pytest
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 from packaging.version import Version
 
 from tests.support.runs import REPOSITORY
@@ -19,7 +19,7 @@ def read_setup() -> tuple[list[str], dict[str, list[str]]]:
     return constants["DEPENDENCIES"], constants["EXTRAS"]
 
 
-def read_lock() -> dict[str, Version]:
+def read_lock() -> dict[NormalizedName, Version]:
     """The pinned version of each distribution, by its canonical name."""
     pins = {}
     for line in (REPOSITORY / "requirements.lock").read_text().splitlines():

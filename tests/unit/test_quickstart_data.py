@@ -34,7 +34,7 @@ def result(prompt: str) -> int:
     return value
 
 
-def test_sizes_and_shares(files) -> None:
+def test_sizes_and_shares(files: dict[str, list[dict[str, object]]]) -> None:
     counts = {
         name: (len(rows), sum(bool(row["careless"]) for row in rows))
         for name, rows in files.items()
@@ -48,20 +48,20 @@ def test_sizes_and_shares(files) -> None:
     }
 
 
-def test_prompts_are_unique_and_the_test_is_not_in_the_pool(files) -> None:
+def test_prompts_are_unique_and_the_test_is_not_in_the_pool(files: dict[str, list[dict[str, object]]]) -> None:
     pool, test, mix = (
         {str(row["prompt"]) for row in files[name]} for name in ("sft_pool.jsonl", "test.jsonl", "mix.jsonl")
     )
     assert len(pool) == 4000 and len(test) == len(mix) == 512 and len(pool | test | mix) == 5024
 
 
-def test_self_play_sees_only_rows_of_the_pool(files) -> None:
+def test_self_play_sees_only_rows_of_the_pool(files: dict[str, list[dict[str, object]]]) -> None:
     pool = {json.dumps(row) for row in files["sft_pool.jsonl"]}
     spin = [json.dumps(row) for row in files["spin.jsonl"]]
     assert len(set(spin)) == 1500 and set(spin) <= pool
 
 
-def test_careful_answers_are_right_and_careless_ones_near(files) -> None:
+def test_careful_answers_are_right_and_careless_ones_near(files: dict[str, list[dict[str, object]]]) -> None:
     preferences = files["preferences.jsonl"]
     assert [row["prompt"] for row in preferences] == [row["prompt"] for row in files["spin.jsonl"]]
     rows = [row for name, rows in files.items() if name != "preferences.jsonl" for row in rows]
@@ -84,22 +84,22 @@ def test_careful_answers_are_right_and_careless_ones_near(files) -> None:
             assert int(left) + (int(right) if sign == "+" else -int(right)) == int(value), response
 
 
-def test_both_steps_occur_in_the_promised_proportion(files) -> None:
+def test_both_steps_occur_in_the_promised_proportion(files: dict[str, list[dict[str, object]]]) -> None:
     verbs = [verb for row in files["sft_pool.jsonl"] for verb, _ in CHANGES.findall(str(row["prompt"]))]
     added = sum(verb in ("buys", "finds", "gets") for verb in verbs) / len(verbs)
     assert 0.49 < added < 0.55  # even odds, and always an addition below 3
 
 
-def test_the_seed_decides(files) -> None:
+def test_the_seed_decides(files: dict[str, list[dict[str, object]]]) -> None:
     assert make_problems.make(0) == files
     assert make_problems.make(1)["test.jsonl"] != files["test.jsonl"]
 
 
-def word_texts(files) -> list[str]:
+def word_texts(files: dict[str, list[dict[str, object]]]) -> list[str]:
     return [str(row[key]) for row in files["sft_pool.jsonl"] for key in ("prompt", "response")]
 
 
-def test_word_tokenizer_keeps_every_text(files) -> None:
+def test_word_tokenizer_keeps_every_text(files: dict[str, list[dict[str, object]]]) -> None:
     tokenizer = make_model.word_tokenizer(iter(word_texts(files)))
     unknown = tokenizer.token_to_id(make_model.UNKNOWN)
     longest = 0
@@ -130,7 +130,7 @@ def test_bpe_tokenizer_keeps_any_text() -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["--bpe", "400"]])
 def test_make_model_writes_a_directory_that_transformers_reads(
-    files, tmp_path: Path, monkeypatch, arguments: list[str]
+    files: dict[str, list[dict[str, object]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -151,7 +151,9 @@ def test_make_model_writes_a_directory_that_transformers_reads(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "model"]
 
 
-def test_the_seed_decides_the_weights(files, tmp_path: Path, monkeypatch) -> None:
+def test_the_seed_decides_the_weights(
+    files: dict[str, list[dict[str, object]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in files["spin.jsonl"][:50]))
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

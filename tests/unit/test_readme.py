@@ -19,7 +19,9 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorte
 @pytest.mark.parametrize("page", PAGES)
 def test_files_named_in_the_text_exist(page: str) -> None:
     text = (REPOSITORY / page).read_text()
-    named = set(re.findall(r"(?<![\w/])(?:tools|scripts|examples|benchmarks|megatron_spin|tests|docs)/[\w./-]*\w", text))
+    named = set(
+        re.findall(r"(?<![\w/])(?:tools|scripts|examples|benchmarks|megatron_spin|tests|docs)/[\w./-]*\w", text)
+    )
     assert page != "README.md" or len(named) > 5
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
 

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,13 +25,13 @@ def pairs() -> list[Pair]:
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bound")
     tiny_model(path, tied=False, heads=4, kv_heads=2)
     return path
 
 
-def reference_logps(model) -> torch.Tensor:
+def reference_logps(model: Any) -> torch.Tensor:
     """Summed log-probs by transformers, one sequence at a time: all chosen answers, then all rejected ones."""
     sums = []
     for column in ("chosen_ids", "rejected_ids"):
@@ -43,7 +44,7 @@ def reference_logps(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", bound.LAYOUTS)
-def test_logps_and_gradients_are_those_of_transformers(directory, layout) -> None:
+def test_logps_and_gradients_are_those_of_transformers(directory: Path, layout: str) -> None:
     model = bound.Llama(directory)
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     logps, expected = model(bound.LAYOUTS[layout](pairs())), reference_logps(theirs)
@@ -52,7 +53,7 @@ def test_logps_and_gradients_are_those_of_transformers(directory, layout) -> Non
     reference = expected.detach() - torch.arange(float(len(expected)))
     bound.dpo_loss(logps, reference).backward()
     bound.dpo_loss(expected, reference).backward()
-    compared = [
+    compared: list[tuple[Any, Any]] = [
         (model.embedding, theirs.model.embed_tokens.weight),
         (model.norm, theirs.model.norm.weight),
         (model.head, theirs.lm_head.weight),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from megatron_spin.errors import ConfigError, GateError
 WORKLOAD = Workload("some.jsonl", 320, 8, 1, 2, 12_600_000, 200, 180)
 
 
-def record(row: str, repeat: int, *, seconds: list[float], peak: float = 1000.0, **fields: object) -> Record:
+def record(row: str, repeat: int, *, seconds: list[float], peak: float = 1000.0, **fields: Any) -> Record:
     measured = Measurement(16, 4000, seconds, peak, grad_norm=2.0, versions="torch 1")
     plain = Record(row, repeat, "key", "2026-11-27T10:00:00+00:00", 9.0, others=0.01, measurement=measured)
     return dataclasses.replace(plain, **fields)
@@ -103,11 +104,11 @@ def test_an_unknown_row_is_named() -> None:
 
 
 @pytest.fixture
-def bench(tmp_path) -> run.Bench:
+def bench(tmp_path: Path) -> run.Bench:
     return run.Bench(tmp_path, threads=2, trl_python=Path("/nowhere"))
 
 
-def test_a_record_is_kept_while_its_key_holds(bench) -> None:
+def test_a_record_is_kept_while_its_key_holds(bench: run.Bench) -> None:
     row = run.ROWS[0]
     write_json(bench.out / "measurements" / f"{row.name}-1.json", record(row.name, 1, seconds=[1.0]))
     assert bench.record(row, 1, "key") == record(row.name, 1, seconds=[1.0])
@@ -115,7 +116,7 @@ def test_a_record_is_kept_while_its_key_holds(bench) -> None:
     assert bench.record(row, 2, "key") is None
 
 
-def test_the_key_changes_with_the_threads_and_the_steps(bench) -> None:
+def test_the_key_changes_with_the_threads_and_the_steps(bench: run.Bench) -> None:
     write_json(bench.workload / "workload.json", WORKLOAD)
     (bench.workload / "steps.jsonl").write_text("[]\n")
     keys = {bench.key(), run.Bench(bench.out, threads=1, trl_python=Path("/nowhere")).key()}
@@ -124,13 +125,13 @@ def test_the_key_changes_with_the_threads_and_the_steps(bench) -> None:
     assert len(keys) == 3
 
 
-def test_a_failing_row_names_its_log(bench) -> None:
+def test_a_failing_row_names_its_log(bench: run.Bench) -> None:
     row = run.Row("broken", "broken", "benchmarks.no_such_module")
     with pytest.raises(GateError, match=r"broken-1 failed with status 1 .*no_such_module.*/logs/broken-1\.log"):
         bench.measure(row, 1, "key")
 
 
-def test_the_results_are_plain_data(bench) -> None:
+def test_the_results_are_plain_data(bench: run.Bench) -> None:
     write_json(bench.workload / "workload.json", WORKLOAD)
     row = run.ROWS[0]
     text = run.write_table(bench, [row], [record(row.name, 1, seconds=[1.0])])

@@ -1,5 +1,7 @@
 """Training pairs: what is kept, how it is counted, and that what is read is what was written."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_spin.data.pairs import Pair, build_pairs, load_pairs, previous_pairs, save_pairs
@@ -19,7 +21,7 @@ def generated(iteration: int) -> list[Pair]:
     ]
 
 
-def test_keep_and_drop_truncated_answers():
+def test_keep_and_drop_truncated_answers() -> None:
     kept = build_pairs(generated(0), truncated="keep")
     assert [pair.index for pair in kept.pairs] == [4, 0, 9]
     assert kept.counts == {"own": 3, "previous": 0, "truncated": 1, "dropped": 0, "identical": 1}
@@ -28,12 +30,12 @@ def test_keep_and_drop_truncated_answers():
     assert dropped.counts == {"own": 2, "previous": 0, "truncated": 1, "dropped": 1, "identical": 1}
 
 
-def test_none_left():
+def test_none_left() -> None:
     with pytest.raises(DataError, match="none of the opponent's 1 answers ended"):
         build_pairs(generated(0)[2:], truncated="drop")
 
 
-def test_previous_own_pairs_come_behind_and_only_once(tmp_path):
+def test_previous_own_pairs_come_behind_and_only_once(tmp_path: Path) -> None:
     """Iteration 2 reuses what iteration 1 generated, not what iteration 1 itself reused of iteration 0."""
     first = build_pairs(generated(0), truncated="keep")
     second = build_pairs(generated(1)[:2], truncated="keep", previous=first.pairs)
@@ -46,7 +48,7 @@ def test_previous_own_pairs_come_behind_and_only_once(tmp_path):
         previous_pairs(tmp_path, iteration=1, data="e")
 
 
-def test_round_trip_and_identity(tmp_path):
+def test_round_trip_and_identity(tmp_path: Path) -> None:
     built = build_pairs(generated(3), truncated="keep")
     manifest = save_pairs(tmp_path, built, answers=ANSWERS, opponent="o", data="d")
     pairs, read = load_pairs(tmp_path)
@@ -56,7 +58,7 @@ def test_round_trip_and_identity(tmp_path):
     assert manifest["identity"] == hash_values(pair.values() for pair in built.pairs)
 
 
-def test_tampered_pairs_are_refused(tmp_path):
+def test_tampered_pairs_are_refused(tmp_path: Path) -> None:
     built = build_pairs(generated(0), truncated="keep")
     save_pairs(tmp_path, built, answers=ANSWERS, opponent="o", data="d")
     pairs, _ = load_pairs(tmp_path)
@@ -69,7 +71,7 @@ def test_tampered_pairs_are_refused(tmp_path):
         load_pairs(tmp_path)
 
 
-def test_three_answers_make_the_round_trip(tmp_path):
+def test_three_answers_make_the_round_trip(tmp_path: Path) -> None:
     answers = ("real", "generated", "initial")
     built = build_pairs([Pair(4, 1, [1, 5], ([6, 2], [7, 2], [8]), "stop")], truncated="keep")
     manifest = save_pairs(tmp_path, built, answers=answers, opponent="o", data="d")
@@ -77,7 +79,7 @@ def test_three_answers_make_the_round_trip(tmp_path):
     assert load_pairs(tmp_path)[0] == built.pairs
 
 
-def test_a_manifest_that_names_no_answers_has_two(tmp_path):
+def test_a_manifest_that_names_no_answers_has_two(tmp_path: Path) -> None:
     built = build_pairs(generated(0), truncated="keep")
     manifest = save_pairs(tmp_path, built, answers=ANSWERS, opponent="o", data="d")
     del manifest["answers"]
@@ -85,7 +87,7 @@ def test_a_manifest_that_names_no_answers_has_two(tmp_path):
     assert load_pairs(tmp_path)[0] == built.pairs
 
 
-def test_rows_round_trip_and_damage(tmp_path):
+def test_rows_round_trip_and_damage(tmp_path: Path) -> None:
     rows = [Row(3, [1, 2], [5, 2], False), Row(0, [1], [7], True)]
     path = tmp_path / "train.parquet"
     save_rows(path, rows)

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_spin.config import from_dict
 from megatron_spin.data.preparation import prepare
 from megatron_spin.data.rows import load_rows
-from megatron_spin.errors import CheckpointError, ConfigError, DataError
+from megatron_spin.errors import CheckpointError, ConfigError, DataError, SpinError
 from megatron_spin.io import read_json
 from megatron_spin.phases.prepare import counts_table
 from tests.support.tiny import BOS, EOS, SPECIAL, VOCABULARY, sft_rows, tiny_model, tiny_tokenizer, write_jsonl
@@ -17,13 +19,13 @@ BOS_ID, EOS_ID = SPECIAL.index(BOS), SPECIAL.index(EOS)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
     tiny_model(directory)
     return directory
 
 
-def raw(model, path, **data):
+def raw(model: Path, path: Path | str, **data: Any) -> dict[str, Any]:
     return {
         "name": "t",
         "model": {"hf": str(model)},
@@ -33,7 +35,7 @@ def raw(model, path, **data):
     }
 
 
-def test_rows_limits_counts_and_split(model, tmp_path):
+def test_rows_limits_counts_and_split(model: Path, tmp_path: Path) -> None:
     rows = [
         *sft_rows(30),
         sft_rows(1)[0],  # a prompt that came before
@@ -60,7 +62,7 @@ def test_rows_limits_counts_and_split(model, tmp_path):
     assert prepare(config) == prepared
 
 
-def test_files_for_their_likelihood_alone(model, tmp_path):
+def test_files_for_their_likelihood_alone(model: Path, tmp_path: Path) -> None:
     files = {
         name: str(write_jsonl(tmp_path / f"{name}.jsonl", sft_rows(9, seed=seed)))
         for name, seed in (("own", 1), ("other", 2))
@@ -77,7 +79,7 @@ def test_files_for_their_likelihood_alone(model, tmp_path):
         prepare(from_dict(config))
 
 
-def test_rows_with_long_answers_are_dropped_rather_than_cut(model, tmp_path):
+def test_rows_with_long_answers_are_dropped_rather_than_cut(model: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", sft_rows(30))
     every = prepare(from_dict(raw(model, path)))
     short = prepare(from_dict(raw(model, path, max_answer_length=6)))
@@ -88,20 +90,20 @@ def test_rows_with_long_answers_are_dropped_rather_than_cut(model, tmp_path):
         prepare(from_dict(raw(model, path, max_answer_length=1)))
 
 
-def preferences(count):
+def preferences(count: int) -> list[dict[str, Any]]:
     return [
         {"prompt": won["prompt"], "chosen": won["response"], "rejected": lost["response"]}
         for won, lost in zip(sft_rows(count), sft_rows(count, seed=5), strict=True)
     ]
 
 
-def dpo(model, path, **generation):
+def dpo(model: Path, path: Path, **generation: Any) -> dict[str, Any]:
     config = raw(model, path)
     config["generation"] |= generation
     return config | {"training": {"objective": "dpo"}}
 
 
-def test_held_out_preferences_keep_their_rejected_answers(model, tmp_path):
+def test_held_out_preferences_keep_their_rejected_answers(model: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", preferences(20))
     config = dpo(model, path, max_new_tokens=20)
     split = prepare(from_dict(config))
@@ -129,9 +131,11 @@ def test_held_out_preferences_keep_their_rejected_answers(model, tmp_path):
     assert not (tmp_path / "other/eval_rejected.parquet").exists()
 
 
-def test_rejected_answers_that_were_cut_can_be_left_out(model, tmp_path):
+def test_rejected_answers_that_were_cut_can_be_left_out(model: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", preferences(20))
     keep, drop = (prepare(from_dict(dpo(model, path, truncated=truncated))) for truncated in ("keep", "drop"))
+    assert keep.pairs is not None
+    assert drop.pairs is not None
     cut = keep.pairs.counts["truncated"]
     assert (
         0 < cut < 16 == len(keep.pairs.pairs)
@@ -142,7 +146,7 @@ def test_rejected_answers_that_were_cut_can_be_left_out(model, tmp_path):
     assert drop.train == keep.train and "pairs left out" in counts_table(drop.manifest, from_dict(dpo(model, path)))
 
 
-def test_held_out_answers_may_be_longer_than_those_trained_on(model, tmp_path):
+def test_held_out_answers_may_be_longer_than_those_trained_on(model: Path, tmp_path: Path) -> None:
     config = raw(model, write_jsonl(tmp_path / "d.jsonl", sft_rows(30)))
     capped = prepare(from_dict(config))
     config["evaluation"]["max_new_tokens"] = 20
@@ -155,7 +159,7 @@ def test_held_out_answers_may_be_longer_than_those_trained_on(model, tmp_path):
     )
 
 
-def test_draw_is_by_seed_and_nested(model, tmp_path):
+def test_draw_is_by_seed_and_nested(model: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", sft_rows(40))
     few, more, other = (
         prepare(from_dict(raw(model, path, num_prompts=n, seed=s))).train for n, s in ((5, 0), (10, 0), (10, 1))
@@ -177,13 +181,13 @@ def test_draw_is_by_seed_and_nested(model, tmp_path):
         ({"max_prompt_length": 1}, DataError, "none of 20 rows is left to train on .20 prompt longer than 1 tokens"),
     ],
 )
-def test_refused(model, tmp_path, change, error, message):
+def test_refused(model: Path, tmp_path: Path, change: dict[str, Any], error: type[SpinError], message: str) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", sft_rows(20))
     with pytest.raises(error, match=message):
         prepare(from_dict(raw(model, path, **change)))
 
 
-def test_model_that_lacks_parts(model, tmp_path):
+def test_model_that_lacks_parts(model: Path, tmp_path: Path) -> None:
     path, copy = write_jsonl(tmp_path / "d.jsonl", sft_rows(3)), tmp_path / "model"
     shutil.copytree(model, copy)
     config = read_json(copy / "config.json")

@@ -1,6 +1,8 @@
 """Reading SFT data: every format, and every way a file can be wrong."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -9,7 +11,7 @@ from megatron_spin.data.reading import FORMATS, SourceRow, first_turn, read_sour
 from megatron_spin.errors import DataError
 from tests.support.tiny import write_jsonl
 
-ROWS = {
+ROWS: dict[str, list[dict[str, Any]]] = {
     "prompt/response": [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}],
     "instruction/input/output": [
         {"instruction": "a", "input": "", "output": "b"},
@@ -41,7 +43,7 @@ ROWS = {
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_formats(tmp_path, name, suffix):
+def test_formats(tmp_path: Path, name: str, suffix: str) -> None:
     path = tmp_path / f"data.{suffix}"
     if suffix == "jsonl":
         write_jsonl(path, ROWS[name])
@@ -60,10 +62,10 @@ def test_formats(tmp_path, name, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_preferences_as_conversations(tmp_path, suffix):
+def test_preferences_as_conversations(tmp_path: Path, suffix: str) -> None:
     """UltraFeedback's shape: both columns hold the whole conversation; ``messages`` repeats the chosen one."""
 
-    def talk(*contents):
+    def talk(*contents: str) -> list[dict[str, str]]:
         return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
     rows = [
@@ -90,14 +92,14 @@ def test_preferences_as_conversations(tmp_path, suffix):
     assert read_source_rows(path).format == "messages"
 
 
-def test_preferences_without_a_rejected_answer(tmp_path):
+def test_preferences_without_a_rejected_answer(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"has no column chosen: training\.objective=dpo needs prompt, chosen and rejected"
     ):
         read_source_rows(write_jsonl(tmp_path / "d.jsonl", ROWS["prompt/response"]), rejected="needed")
 
 
-def test_json_lines_under_the_name_json_and_text_beyond_ascii(tmp_path):
+def test_json_lines_under_the_name_json_and_text_beyond_ascii(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     text = "gr\u00fc\u00df\u2028 \U0001f600"
     path.write_text(
@@ -106,7 +108,7 @@ def test_json_lines_under_the_name_json_and_text_beyond_ascii(tmp_path):
     assert read_source_rows(path).rows == [SourceRow(0, text, "b"), SourceRow(1, "c", "d")]
 
 
-def test_empty_ones_are_dropped_and_counted(tmp_path):
+def test_empty_ones_are_dropped_and_counted(tmp_path: Path) -> None:
     answers = [{"prompt": "a", "response": answer} for answer in ("b", "", None)]
     source = read_source_rows(
         write_jsonl(tmp_path / "d.jsonl", [*answers, {"prompt": " \n", "response": "b"}, {"prompt": "a"}])
@@ -145,29 +147,29 @@ def test_empty_ones_are_dropped_and_counted(tmp_path):
         ("\n\n", "holds no rows"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, text, message):
+def test_bad_rows_are_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text(text)
     with pytest.raises(DataError, match=message):
         read_source_rows(path)
 
 
-def test_bad_bytes_are_named(tmp_path):
+def test_bad_bytes_are_named(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"prompt": "a", "response": "b"}\n{"prompt": "\xff", "response": "b"}\n')
     with pytest.raises(DataError, match="line 2 is not UTF-8"):
         read_source_rows(path)
 
 
-def test_bad_array_names_the_line(tmp_path):
+def test_bad_array_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "d.json"
     path.write_text('[{"prompt": "a", "response": "b"},\n{"prompt": }]')
     with pytest.raises(DataError, match="line 2 is not JSON"):
         read_source_rows(path)
 
 
-def test_other_columns_may_hold_anything_and_dates_are_text(tmp_path):
-    rows = [
+def test_other_columns_may_hold_anything_and_dates_are_text(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
         {"prompt": "2024-01-01", "response": "2024-01-01 00:00:00", "source": 1},
         {"prompt": "2024-01-02", "response": "2024-01-02 00:00:00", "source": ["a", {}]},
     ]
@@ -175,14 +177,14 @@ def test_other_columns_may_hold_anything_and_dates_are_text(tmp_path):
     assert [(row.prompt, row.answer) for row in source.rows] == [(row["prompt"], row["response"]) for row in rows]
 
 
-def test_a_parquet_file_without_rows(tmp_path):
+def test_a_parquet_file_without_rows(tmp_path: Path) -> None:
     path = tmp_path / "d.parquet"
     datasets.Dataset.from_dict({"prompt": [], "response": []}).to_parquet(str(path))
     with pytest.raises(DataError, match="holds no rows"):
         read_source_rows(path)
 
 
-def test_wrong_type_in_parquet_names_the_row(tmp_path):
+def test_wrong_type_in_parquet_names_the_row(tmp_path: Path) -> None:
     path = tmp_path / "d.parquet"
     datasets.Dataset.from_list([{"prompt": None, "response": "b"}, {"prompt": 5, "response": "b"}]).to_parquet(
         str(path)
@@ -200,13 +202,13 @@ def test_wrong_type_in_parquet_names_the_row(tmp_path):
         ("bad.parquet", "cannot be read"),
     ],
 )
-def test_bad_files(tmp_path, name, message):
+def test_bad_files(tmp_path: Path, name: str, message: str) -> None:
     for existing in ("d.txt", "bad.parquet"):
         (tmp_path / existing).write_text("not what the name says")
     with pytest.raises(DataError, match=message):
         read_source_rows(tmp_path / name)
 
 
-def test_first_turn_of_an_unanswered_conversation_is_empty():
+def test_first_turn_of_an_unanswered_conversation_is_empty() -> None:
     assert first_turn([{"role": "user", "content": "a"}], "here") == (None, "a", "")
     assert first_turn([], "here") == (None, "", "")

@@ -10,7 +10,7 @@ from megatron_spin.errors import DataError
 
 
 @given(examples=st.integers(8, 60), batch=st.integers(1, 8), seed=st.integers(0, 5))
-def test_an_epoch_sees_each_example_at_most_once_and_drops_only_the_rest(examples, batch, seed):
+def test_an_epoch_sees_each_example_at_most_once_and_drops_only_the_rest(examples: int, batch: int, seed: int) -> None:
     sampler = BatchSampler(examples, batch, seed)
     for epoch in range(2):
         first = epoch * sampler.steps_per_epoch
@@ -18,13 +18,13 @@ def test_an_epoch_sees_each_example_at_most_once_and_drops_only_the_rest(example
         assert len(set(seen.tolist())) == len(seen) == examples - sampler.dropped_per_epoch
 
 
-def test_epochs_are_shuffled_differently_and_repeatably():
+def test_epochs_are_shuffled_differently_and_repeatably() -> None:
     sampler = BatchSampler(64, 64, 3)
     assert sampler.batch(0).tolist() != sampler.batch(1).tolist()
     assert sampler.batch(1).tolist() == BatchSampler(64, 64, 3).batch(1).tolist()
     assert sampler.batch(0).tolist() != BatchSampler(64, 64, 4).batch(0).tolist()
 
 
-def test_too_few_examples():
+def test_too_few_examples() -> None:
     with pytest.raises(DataError, match=r"7 training examples are fewer than training\.global_batch_size=8"):
         BatchSampler(7, 8, 0)

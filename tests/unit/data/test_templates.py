@@ -1,7 +1,10 @@
 """Prompt and answer ids: BOS once, the end token once, the same ids whoever asks."""
 
+from pathlib import Path
+
 import pytest
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from megatron_spin.data.templates import (
     answer_ids,
@@ -19,17 +22,17 @@ BOS_ID, EOS_ID, TURN_ID = (SPECIAL.index(token) for token in (BOS, EOS, END_OF_T
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer(path)
     return path
 
 
-def ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def test_instruction_is_the_papers_template(directory):
+def test_instruction_is_the_papers_template(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     assert prompt_ids(tokenizer, "instruction", "w1 w2") == [
         BOS_ID,
@@ -41,7 +44,7 @@ def test_instruction_is_the_papers_template(directory):
     ]
 
 
-def test_none_takes_the_prompt_as_it_stands(directory):
+def test_none_takes_the_prompt_as_it_stands(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     assert prompt_ids(tokenizer, "none", "w1 w2") == [BOS_ID, *ids(tokenizer, "w1 w2")]
     assert prompt_ids(tokenizer, "none", f"{BOS} w1") == [BOS_ID, *ids(tokenizer, "w1")], (
@@ -49,17 +52,17 @@ def test_none_takes_the_prompt_as_it_stands(directory):
     )
 
 
-def test_chat_has_bos_once_and_ends_where_the_answer_begins(directory):
+def test_chat_has_bos_once_and_ends_where_the_answer_begins(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     assert prompt_ids(tokenizer, "chat", "w1") == [BOS_ID, *ids(tokenizer, f"user : w1 {END_OF_TURN} assistant :")]
 
 
-def test_tokenizer_without_bos(tmp_path):
+def test_tokenizer_without_bos(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(tmp_path, bos=False)
     assert prompt_ids(tokenizer, "none", "w1") == ids(tokenizer, "w1")
 
 
-def test_a_tokenizer_that_appends_eos_does_not_end_the_prompt(tmp_path):
+def test_a_tokenizer_that_appends_eos_does_not_end_the_prompt(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(tmp_path)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{BOS} $A {EOS}", special_tokens=[(BOS, BOS_ID), (EOS, EOS_ID)]
@@ -69,19 +72,19 @@ def test_a_tokenizer_that_appends_eos_does_not_end_the_prompt(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["w1 w2", f"w1 w2 {EOS}", f"w1 w2 {EOS} {EOS}"])
-def test_answer_ends_with_the_end_token_exactly_once(directory, text):
+def test_answer_ends_with_the_end_token_exactly_once(directory: Path, text: str) -> None:
     tokenizer = load_tokenizer(directory)
     answer = answer_ids(tokenizer, text, EOS_ID)
     assert answer == [*ids(tokenizer, "w1 w2"), EOS_ID]
     assert not ends_inside(answer, EOS_ID)
 
 
-def test_end_token_inside_an_answer_is_noticed(directory):
+def test_end_token_inside_an_answer_is_noticed(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     assert ends_inside(answer_ids(tokenizer, f"w1 {EOS} w2", EOS_ID), EOS_ID)
 
 
-def test_end_token(directory, tmp_path):
+def test_end_token(directory: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(directory)
     assert end_token_id(tokenizer, None) == EOS_ID
     assert end_token_id(tokenizer, END_OF_TURN) == TURN_ID
@@ -91,19 +94,19 @@ def test_end_token(directory, tmp_path):
         end_token_id(tiny_tokenizer(tmp_path, eos=False), None)
 
 
-def test_chat_without_a_chat_template(tmp_path):
+def test_chat_without_a_chat_template(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no chat template"):
         prompt_ids(tiny_tokenizer(tmp_path, chat=False), "chat", "w1")
 
 
-def test_chat_template_that_refuses(directory):
+def test_chat_template_that_refuses(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(DataError, match=r"refuses a prompt .*no system role"):
         prompt_ids(tokenizer, "chat", "w1", "w2")
 
 
-def test_missing_and_damaged_tokenizer(tmp_path):
+def test_missing_and_damaged_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
     tiny_tokenizer(tmp_path)
@@ -114,7 +117,7 @@ def test_missing_and_damaged_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_an_answer_begins_as_a_model_goes_on_after_a_prompt():
+def test_an_answer_begins_as_a_model_goes_on_after_a_prompt() -> None:
     """SentencePiece tokenizers put a space before a text that stands alone; no model writes one there."""
     from tokenizers import Tokenizer, normalizers
     from tokenizers.models import BPE
@@ -130,6 +133,6 @@ def test_an_answer_begins_as_a_model_goes_on_after_a_prompt():
     assert answer_ids(tokenizer, "Hi", letters["</s>"]) == [letters["Hi"], letters["</s>"]]
 
 
-def test_decoded_texts_have_no_special_tokens(directory):
+def test_decoded_texts_have_no_special_tokens(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     assert decode(tokenizer, [[BOS_ID, *ids(tokenizer, "w1 w2"), EOS_ID], [EOS_ID]]) == ["w1 w2", ""]

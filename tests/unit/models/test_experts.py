@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_spin.models.rules import Geometry, global_expert
+from megatron_spin.models.rules import Geometry, Rule, global_expert
 from tests.support.mixtral import EXPERT, FAMILY, GROUPED
 
 LAYER = 5
@@ -88,7 +88,7 @@ def test_split_and_merge_are_inverse_over_tensor_and_expert_ranks(
         assert torch.equal(merged[hf_name], tensor), hf_name
 
 
-def found(name: str, *, ep_rank: int, ep_size: int, sizes: Geometry):
+def found(name: str, *, ep_rank: int, ep_size: int, sizes: Geometry) -> tuple[Rule, tuple[str, ...]]:
     """The rule of a Megatron parameter of that expert parallel rank, and the Hugging Face names it stands for."""
     match = FAMILY.find(name, tied=False)
     assert match.layer == LAYER

@@ -26,7 +26,7 @@ def scored(*, reference: bool = True) -> AnswerLogps:
     )
 
 
-def test_the_likelihood_term_counts():
+def test_the_likelihood_term_counts() -> None:
     """The cases: loss(0) without the term; ln 2 + 0.5 * 2 with it; a thousandth too much; the term where none is asked for."""
     plain, weighted = (first_loss(Spin(beta=0.1, sft_weight=weight), scored(), 1e-5) for weight in (0.0, 0.5))
     assert weighted.expected == pytest.approx(math.log(2) + 0.5 * 2, rel=1e-7)
@@ -39,7 +39,7 @@ def test_the_likelihood_term_counts():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_tolerance_is_what_noise_can_do(loss):
+def test_the_tolerance_is_what_noise_can_do(loss: str) -> None:
     """Both scores of a pair off by the noise, against each other, move the margin by 2 beta times the noise."""
     beta, noise = 0.3, 0.01
     gate = first_loss(Spin(beta=beta, loss=loss), scored(), noise)
@@ -54,12 +54,12 @@ def test_the_tolerance_is_what_noise_can_do(loss):
             gate.check(gate.expected + sign * 1.1 * moved)
 
 
-def test_nan_never_passes():
+def test_nan_never_passes() -> None:
     with pytest.raises(GateError, match="the first loss is nan"):
         first_loss(Spin(), scored(), 1.0).check(math.nan)
 
 
-def test_an_objective_without_a_reference_is_expected_to_give_its_own_value():
+def test_an_objective_without_a_reference_is_expected_to_give_its_own_value() -> None:
     """SFT weighs by tokens: 40 nats over 20 tokens."""
     logps = dataclasses.replace(scored(reference=False))
     assert first_loss(Sft(), logps, 1e-5).expected == pytest.approx(2.0)
@@ -76,7 +76,7 @@ class Constant(Objective):
         return Outcome(torch.full((len(logps.policy),), 3.0))
 
 
-def test_an_objective_without_slope_has_no_noise():
+def test_an_objective_without_slope_has_no_noise() -> None:
     gate = first_loss(Constant(), scored(), 100.0)
     assert gate.expected == 3.0
     assert gate.tolerance == pytest.approx(3e-6)

@@ -44,13 +44,13 @@ def llama(*, vocabulary: int = 4, longest: int = 3) -> EnumeratedLlama:
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_minimiser_is_that_of_theorem_5_4(beta):
+def test_minimiser_is_that_of_theorem_5_4(beta: float) -> None:
     torch.testing.assert_close(
         best_response(OPPONENT, DATA, beta), theorem_5_4(OPPONENT, DATA, beta), rtol=0, atol=1e-6
     )
 
 
-def test_minimiser_of_a_llama_is_that_of_theorem_5_4():
+def test_minimiser_of_a_llama_is_that_of_theorem_5_4() -> None:
     """It has parameters enough to be any distribution over its 7 answers to 2 prompts, so the theorem's condition holds."""
     model, beta = llama(vocabulary=3, longest=2), 0.7
     opponent = model.logps().detach()
@@ -61,14 +61,14 @@ def test_minimiser_of_a_llama_is_that_of_theorem_5_4():
 
 
 @pytest.mark.parametrize("beta", [0.25, 1.0])
-def test_minimiser_of_the_exponential_loss_takes_half_the_step(beta):
+def test_minimiser_of_the_exponential_loss_takes_half_the_step(beta: float) -> None:
     torch.testing.assert_close(
         best_response(OPPONENT, DATA, beta, "exponential"), theorem_5_4(OPPONENT, DATA, 2 * beta), rtol=0, atol=1e-6
     )
 
 
 @pytest.mark.parametrize("difference", [0.5, 1e-3])
-def test_minimiser_of_the_hinge_moves_by_one_over_beta_however_small_the_difference(difference):
+def test_minimiser_of_the_hinge_moves_by_one_over_beta_however_small_the_difference(difference: float) -> None:
     """Two answers: the best margin between them is 1 as soon as the data prefers one of them, so that iterations do not come to rest."""
     beta = 0.3
     opponent = torch.zeros(1, 2, dtype=torch.float64).log_softmax(-1)
@@ -87,7 +87,7 @@ def test_minimiser_of_the_hinge_moves_by_one_over_beta_however_small_the_differe
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.3, 0.5, 0.7, 1.0, 5.0])
-def test_exact_iteration_multiplies_the_error_by_one_minus_one_over_beta(beta):
+def test_exact_iteration_multiplies_the_error_by_one_minus_one_over_beta(beta: float) -> None:
     opponent = (DATA + random_policy(2, 6, seed=4, scale=0.2)).log_softmax(-1)
     after = error(best_response(opponent, DATA, beta), DATA)
     torch.testing.assert_close(after, (1 - 1 / beta) * error(opponent, DATA), rtol=0, atol=1e-6)
@@ -102,25 +102,25 @@ def exact_iterations(beta: float, count: int) -> list[float]:
     return path
 
 
-def test_exact_iterations_converge_above_one_half_and_diverge_below():
+def test_exact_iterations_converge_above_one_half_and_diverge_below() -> None:
     converging, slow, diverging = exact_iterations(0.7, 12), exact_iterations(5.0, 12), exact_iterations(0.3, 3)
     assert converging[-1] < 1e-7
     assert all(after < before for before, after in itertools.pairwise(slow)) and slow[-1] < 0.02 * slow[0]
     assert all(after > before for before, after in itertools.pairwise(diverging)) and diverging[-1] > 20 * diverging[0]
 
 
-def test_exact_iteration_at_one_lands_on_the_data():
+def test_exact_iteration_at_one_lands_on_the_data() -> None:
     torch.testing.assert_close(best_response(OPPONENT, DATA, 1.0), DATA, rtol=0, atol=1e-6)
 
 
-def test_exact_iterations_at_one_half_go_round_in_circles():
+def test_exact_iterations_at_one_half_go_round_in_circles() -> None:
     once = best_response(OPPONENT, DATA, 0.5)
     torch.testing.assert_close(error(once, DATA), -error(OPPONENT, DATA), rtol=0, atol=1e-6)
     torch.testing.assert_close(best_response(once, DATA, 0.5), OPPONENT, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.3])
-def test_small_beta_passes_the_data_early_and_ends_beyond_it(beta):
+def test_small_beta_passes_the_data_early_and_ends_beyond_it(beta: float) -> None:
     """Gradient descent with SFT's effective rate of 1: eleven or thirteen steps come near the data, 300 are far worse than none."""
     path = [divergence(DATA, policy) for policy in gradient_path(OPPONENT, DATA, beta, rate=2 / beta, steps=300)]
     nearest = min(range(len(path)), key=path.__getitem__)
@@ -130,7 +130,7 @@ def test_small_beta_passes_the_data_early_and_ends_beyond_it(beta):
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.3])
-def test_only_the_real_log_probs_tell_that_the_data_is_passed(beta):
+def test_only_the_real_log_probs_tell_that_the_data_is_passed(beta: float) -> None:
     """Their mean is minus KL(data || policy) and a constant. Loss and margin improve to the end, where real answers are less likely than at first."""
     path = gradient_path(OPPONENT, DATA, beta, rate=2 / beta, steps=100)
     losses = [spin_objective(policy, opponent=OPPONENT, data=DATA, beta=beta).item() for policy in path]
@@ -144,7 +144,7 @@ def test_only_the_real_log_probs_tell_that_the_data_is_passed(beta):
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.3])
-def test_small_beta_converges_over_iterations_of_few_steps(beta):
+def test_small_beta_converges_over_iterations_of_few_steps(beta: float) -> None:
     policy, path = OPPONENT, [divergence(DATA, OPPONENT)]
     for _ in range(6):
         policy = gradient_path(policy, DATA, beta, rate=1 / beta, steps=10)[-1]
@@ -153,7 +153,7 @@ def test_small_beta_converges_over_iterations_of_few_steps(beta):
     assert path[-1] < 0.02 * path[0]
 
 
-def test_pull_at_the_data_is_still_there_when_beta_is_small():
+def test_pull_at_the_data_is_still_there_when_beta_is_small() -> None:
     """Where SFT's gradient is zero: nothing but the margins, which are small when beta is, tells the policy to stop."""
 
     def pull(beta: float, policy: torch.Tensor) -> float:
@@ -173,7 +173,7 @@ def test_pull_at_the_data_is_still_there_when_beta_is_small():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_data_is_a_fixed_point(loss):
+def test_data_is_a_fixed_point(loss: str) -> None:
     """Theorem 5.2: no gradient where the opponent is the data, and no policy costs less."""
     logits = DATA.clone().requires_grad_()
 
@@ -199,7 +199,7 @@ def test_data_is_a_fixed_point(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_data_is_a_fixed_point_of_a_llama(loss):
+def test_data_is_a_fixed_point_of_a_llama(loss: str) -> None:
     model = llama()
     data = model.logps().detach()
     objective = spin_objective(model.logps(), opponent=data, data=data, beta=0.3, loss=loss)
@@ -208,7 +208,7 @@ def test_data_is_a_fixed_point_of_a_llama(loss):
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_converged_sft_model_stays_where_it_is_even_if_it_is_not_the_data(loss, beta):
+def test_converged_sft_model_stays_where_it_is_even_if_it_is_not_the_data(loss: str, beta: float) -> None:
     """Both prompts share one row of logits, so that no policy is the data. The objective is convex in the logits: no gradient, so a minimum."""
     data = random_policy(2, 6, seed=3, scale=2.0)
     shared = data.exp().mean(0, keepdim=True).log().requires_grad_()
@@ -232,7 +232,7 @@ def test_converged_sft_model_stays_where_it_is_even_if_it_is_not_the_data(loss, 
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_other_sampling_moves_the_fixed_point(temperature):
+def test_other_sampling_moves_the_fixed_point(temperature: float) -> None:
     """Answers sampled at a temperature: at rest, what is sampled is the data, and the policy itself is not."""
 
     def sampled(policy: torch.Tensor) -> torch.Tensor:
@@ -243,7 +243,7 @@ def test_other_sampling_moves_the_fixed_point(temperature):
     assert error(best_response(DATA, DATA, 0.5, generated=sampled(DATA)), DATA).abs().max() > 0.5
 
 
-def test_pairs_of_an_earlier_iteration_push_beyond_the_data():
+def test_pairs_of_an_earlier_iteration_push_beyond_the_data() -> None:
     """Half of the answers are an earlier opponent's: the policy that is the data already moves away from that opponent."""
     mixture = torch.logaddexp(DATA, OPPONENT) - math.log(2)
     after = best_response(DATA, DATA, 1.0, generated=mixture)
@@ -254,7 +254,7 @@ def test_pairs_of_an_earlier_iteration_push_beyond_the_data():
 # ------------------------------------------------------------------------------------------------------------------ bounds
 
 
-def test_correlation_loss_alone_is_unbounded_below():
+def test_correlation_loss_alone_is_unbounded_below() -> None:
     """Along the straight line that its own gradient points to, it falls for ever and never more slowly."""
     beta, direction = 0.3, DATA.exp() - OPPONENT.exp()
     far = {
@@ -281,7 +281,7 @@ def test_correlation_loss_alone_is_unbounded_below():
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_first_gradient_is_that_of_sft_tabular(loss, beta):
+def test_first_gradient_is_that_of_sft_tabular(loss: str, beta: float) -> None:
     logits = OPPONENT.clone().requires_grad_()
     policy = logits.log_softmax(-1)
     spin = flat_gradient(
@@ -291,7 +291,7 @@ def test_first_gradient_is_that_of_sft_tabular(loss, beta):
     torch.testing.assert_close(spin, -SLOPE_AT_ZERO[loss] * beta * sft, rtol=1e-12, atol=1e-15)
 
 
-def test_first_gradient_is_that_of_sft_llama():
+def test_first_gradient_is_that_of_sft_llama() -> None:
     model, beta = llama(), 0.3
     policy, parameters = model.logps(), model.parameters()
     opponent = policy.detach()
@@ -307,7 +307,7 @@ def test_first_gradient_is_that_of_sft_llama():
         torch.testing.assert_close(spin, -slope * beta * sft, rtol=0, atol=1e-13)
 
 
-def test_first_gradient_is_that_of_sft_sampled():
+def test_first_gradient_is_that_of_sft_sampled() -> None:
     """64 batches of 256 sampled pairs: the mean is beta/2 times the SFT gradient, and the generated half adds its own noise and nothing else."""
     model, beta, batches, size = llama(), 0.3, 64, 256
     policy, parameters = model.logps(), model.parameters()
@@ -345,7 +345,7 @@ def test_first_gradient_is_that_of_sft_sampled():
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-4])
-def test_first_step_raises_the_real_log_probs(size):
+def test_first_step_raises_the_real_log_probs(size: float) -> None:
     """By rate * beta/2 * |SFT gradient|^2 on the mean, to first order: a fall at the start is sampling noise or too large a step."""
     model, beta = llama(), 0.3
     policy, parameters = model.logps(), model.parameters()
@@ -364,7 +364,7 @@ def test_first_step_raises_the_real_log_probs(size):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_pairs_of_equal_answers_only_dilute(loss):
+def test_pairs_of_equal_answers_only_dilute(loss: str) -> None:
     """Where generated and real answer are the same the margin is zero whatever the policy does: loss(0), and no gradient."""
     pairs = torch.tensor([[0, 1, 2], [1, 0, 5], [0, 3, 3], [1, 2, 2], [1, 4, 4], [0, 0, 0]])
     logits = random_policy(2, 6, seed=7).requires_grad_()
@@ -381,7 +381,7 @@ def test_pairs_of_equal_answers_only_dilute(loss):
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])
-def test_minimum_over_finite_pairs_counts_who_beat_whom(beta):
+def test_minimum_over_finite_pairs_counts_who_beat_whom(beta: float) -> None:
     """A Bradley-Terry fit: real a beat generated b three times and lost once, so their log-ratio moves by log(3) / beta."""
     opponent = random_policy(1, 3, seed=5)
     pairs = torch.tensor([[0, 0, 1]] * 3 + [[0, 1, 0]])
@@ -392,7 +392,7 @@ def test_minimum_over_finite_pairs_counts_who_beat_whom(beta):
 
 
 @pytest.mark.parametrize("loss", ["logistic", "exponential"])
-def test_one_sided_pairs_have_no_minimum(loss):
+def test_one_sided_pairs_have_no_minimum(loss: str) -> None:
     """One pair a prompt, as in a run: the loss goes to zero only with the generated answer's probability, never at a policy."""
     pairs, opponent = torch.tensor([[0, 0, 1], [1, 2, 3]]), random_policy(2, 6, seed=5)
     path = []

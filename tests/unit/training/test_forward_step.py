@@ -1,9 +1,13 @@
 """What the training step reports, for token losses that are given."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from megatron_spin.data.batcher import Batcher, Example
+from megatron_spin.data.batcher import Batcher, Example, Microbatch
+from megatron_spin.spin.objective import Objective
 from megatron_spin.spin.pairwise import Spin
 from megatron_spin.spin.sft import Sft
 from megatron_spin.training.forward_step import objective_forward_step, reported_names
@@ -12,8 +16,15 @@ from megatron_spin.training.forward_step import objective_forward_step, reported
 class GivenLosses(torch.nn.Module):
     """A model whose token losses are one nat each, whatever it is given."""
 
-    def forward(self, input_ids, position_ids, attention_mask, *, labels):
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: None, *, labels: Tensor) -> Tensor:
         return torch.ones_like(labels, dtype=torch.float32)
+
+
+def step(objective: Objective, batch: Microbatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, count and reported values of one microbatch, as Megatron's schedules get them."""
+    output, loss_func = objective_forward_step(objective)(iter([batch]), GivenLosses())
+    reported: Any = loss_func(output)
+    return reported  # a tuple; the schedules' other passes get another type
 
 
 def batcher(examples: list[Example]) -> Batcher:
@@ -23,13 +34,12 @@ def batcher(examples: list[Example]) -> Batcher:
 
 
 @pytest.mark.parametrize("noise", [-1e-6, 0.0, 1e-6])
-def test_equal_answers_are_never_won(noise):
+def test_equal_answers_are_never_won(noise: float) -> None:
     """The opponent was scored in another batch: rounding may give the margin of equal answers either sign."""
     examples = [Example([3, 4], ([5, 6, 2], [5, 6, 2])), Example([3], ([5, 2], [5, 6, 2])), Example([3], ([5], [5, 0]))]
     scores = torch.tensor([[-3.0 + noise, -3.0], [-2.0, -2.9], [-1.0, -1.9]]).numpy()
     [batch] = batcher(examples).microbatches(torch.arange(3).numpy(), scores)
-    output, loss_func = objective_forward_step(Spin(beta=0.5))(iter([batch]), GivenLosses())
-    _, count, named = loss_func(output)
+    _, count, named = step(Spin(beta=0.5), batch)
     assert int(count) == 3
     # Margins: rounding for equal answers; 0.05 where one answer has a token more; 0.05 where they differ by a token of
     # id 0, which padding is, too.
@@ -39,12 +49,11 @@ def test_equal_answers_are_never_won(noise):
     assert set(named) == set(reported_names(Spin()))
 
 
-def test_sft_is_the_mean_over_tokens():
+def test_sft_is_the_mean_over_tokens() -> None:
     """One nat per token, whatever the number of sequences."""
     examples = [Example([3, 4], ([5, 6, 2],)), Example([3], ([5],))]
     [batch] = batcher(examples).microbatches(torch.arange(2).numpy())
-    output, loss_func = objective_forward_step(Sft())(iter([batch]), GivenLosses())
-    loss, count, named = loss_func(output)
+    loss, count, named = step(Sft(), batch)
     assert loss.item() == 4.0
     assert count.item() == 4
     assert count.dtype == torch.int32  # Megatron adds it to an integer

@@ -24,7 +24,7 @@ ALONE = ParallelDims(
     ep_rank=0,
     ep_size=1,
     expert_dp_rank=0,
-    pg_collection=None,  # type: ignore[arg-type]  # a single process asks for no group
+    pg_collection=None,  # a single process asks for no group
 )
 
 
