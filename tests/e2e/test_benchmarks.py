@@ -1,6 +1,7 @@
 """The benchmark from its workload to its table, with our tools and the bound; TRL needs an environment of its own."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +23,8 @@ NAMES = "ours,bound-packed,bound-shared"
 
 
 @pytest.mark.slow
-def test_our_tools_and_the_bound_do_the_same_work(tmp_path) -> None:
-    bench = run.Bench(tmp_path, threads=1, trl_python=sys.executable)
+def test_our_tools_and_the_bound_do_the_same_work(tmp_path: Path) -> None:
+    bench = run.Bench(tmp_path, threads=1, trl_python=Path(sys.executable))
     prepare.build(bench.workload, None, TINY)
     rows = run.chosen_rows(NAMES)
     records = run.measure_all(bench, rows, repeats=1)

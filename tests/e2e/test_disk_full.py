@@ -2,13 +2,14 @@
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from tests.support.runs import REPOSITORY, command, environment, metrics, run_tool
 
 
-def test_checkpoint_on_a_full_disk(fresh, trained):
+def test_checkpoint_on_a_full_disk(fresh: tuple[Path, Path], trained: tuple[Path, Path]) -> None:
     if subprocess.run(
         ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False
     ).returncode:

@@ -1,6 +1,7 @@
 """bf16 self-play: the opponent is the rounded policy, the policy goes on from its unrounded fp32 main weights."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def main_weights(directory: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("distributed", [True, False])
-def test_main_weights_carry_over_unrounded(tmp_path, distributed):
+def test_main_weights_carry_over_unrounded(tmp_path: Path, distributed: bool) -> None:
     config, run = (
         tiny_yaml(tmp_path, precision={"dtype": "bf16"}, parallel={"use_distributed_optimizer": distributed}),
         tmp_path / "run",

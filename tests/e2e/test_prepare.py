@@ -1,5 +1,7 @@
 """tools/prepare.py: what it writes, and one clear line with status 2 for input that is wrong."""
 
+from pathlib import Path
+
 import yaml
 
 from megatron_spin.data.rows import load_rows
@@ -7,7 +9,7 @@ from tests.support.runs import run_tool
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path: Path) -> None:
     """A malformed line gives one line and status 2 and leaves nothing; the corrected file works; a rerun is done."""
     data, config, run = tmp_path / "d.jsonl", tmp_path / "c.yaml", tmp_path / "run"
     tiny_model(tmp_path / "model")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from examples.experiments import table
-from examples.experiments.experiment import read_experiment
+from examples.experiments.experiment import Experiment, read_experiment
 from examples.experiments.run import Runner
 from megatron_spin.config import from_dict, load_config
 from megatron_spin.errors import ConfigError, RunDirError
@@ -54,13 +54,13 @@ def test_every_definition_can_be_read_and_names_rows_that_will_be_there(path: Pa
 
 
 @pytest.fixture
-def experiment(tmp_path):
+def experiment(tmp_path: Path) -> Experiment:
     path = tmp_path / "t.yaml"
     path.write_text(DEFINITION)
     return read_experiment(path)
 
 
-def measure(experiment, root: Path, seed: int, arm: str, label: str, matched: float) -> None:
+def measure(experiment: Experiment, root: Path, seed: int, arm: str, label: str, matched: float) -> None:
     run_dir = experiment.run_dir(root, seed, arm)
     raw = {
         "name": "t",
@@ -79,12 +79,12 @@ def measure(experiment, root: Path, seed: int, arm: str, label: str, matched: fl
     write_json(target.eval, values)
 
 
-def test_alike_arms_share_a_run_and_others_do_not(experiment, tmp_path) -> None:
+def test_alike_arms_share_a_run_and_others_do_not(experiment: Experiment, tmp_path: Path) -> None:
     a, again, b = (experiment.run_dir(tmp_path, 1, arm).root for arm in ("a", "a again", "b"))
     assert a == again != b and experiment.run_dir(tmp_path, 2, "a").root != a
 
 
-def test_means_spreads_and_claims(experiment, tmp_path) -> None:
+def test_means_spreads_and_claims(experiment: Experiment, tmp_path: Path) -> None:
     for seed, (sft, a, first, second) in {1: (0.5, 0.6, 0.4, 0.7), 2: (0.5, 0.6, 0.8, 0.5)}.items():
         for arm, label, matched in (("a", "sft", sft), ("a", "0", a), ("b", "0", first), ("b", "1", second)):
             measure(experiment, tmp_path, seed, arm, label, matched)
@@ -105,7 +105,7 @@ def test_means_spreads_and_claims(experiment, tmp_path) -> None:
     assert "Not finished: a (seed 1)" in block and "t.yaml --engine hf`, on " in block and block.count("cores of") == 1
 
 
-def test_nothing_measured_is_said(experiment, tmp_path) -> None:
+def test_nothing_measured_is_said(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(RunDirError, match="has no finished evaluation"):
         table.block(tmp_path / "t.yaml", experiment, tmp_path)
 
@@ -119,7 +119,7 @@ def test_nothing_measured_is_said(experiment, tmp_path) -> None:
         ("[", "cannot be read"),
     ],
 )
-def test_bad_definitions(tmp_path, text, message) -> None:
+def test_bad_definitions(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "e.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_experiment(tmp_path / "e.yaml")

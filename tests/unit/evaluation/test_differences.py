@@ -72,7 +72,7 @@ def test_where_all_held_out_answers_are_equal_there_is_nothing_to_learn() -> Non
     ("accuracy", "error", "words"),
     [(0.55, 0.03, "no better than chance"), (0.7, 0.03, "carries over to other prompts.")],
 )
-def test_the_verdict_follows_the_measured_accuracy(accuracy, error, words) -> None:
+def test_the_verdict_follows_the_measured_accuracy(accuracy: float, error: float, words: str) -> None:
     same = answers(["a b"] * 4)
     result = Diagnosis(differences(same, same), 10, 100, accuracy, error, 0.25)
     said = verdict(result)

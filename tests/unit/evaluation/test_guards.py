@@ -1,6 +1,7 @@
 """The judgement of the guards on figures made for each of them; tests/e2e/test_guards.py provokes them for real."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,7 +174,7 @@ def test_a_line_says_what_was_measured_the_threshold_and_what_to_do() -> None:
     )
 
 
-def test_settings_survive_yaml_and_are_checked(tmp_path) -> None:
+def test_settings_survive_yaml_and_are_checked(tmp_path: Path) -> None:
     from megatron_spin.config import load_config
     from megatron_spin.config.resume import changes
 
@@ -199,10 +200,21 @@ shares = st.one_of(st.floats(0, 1), st.just(math.nan))
 
 
 @given(
-    nll=st.tuples(floats, floats), share=st.tuples(shares, shares), tokens=st.tuples(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e6)),
-    change=floats, identical=st.integers(0, 1000), prompts=st.integers(1, 10**6),
-)  # fmt: skip
-def test_any_figures_give_a_verdict_of_every_guard(nll, share, tokens, change, identical, prompts) -> None:
+    nll=st.tuples(floats, floats),
+    share=st.tuples(shares, shares),
+    tokens=st.tuples(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e6)),
+    change=floats,
+    identical=st.integers(0, 1000),
+    prompts=st.integers(1, 10**6),
+)
+def test_any_figures_give_a_verdict_of_every_guard(
+    nll: tuple[float, float],
+    share: tuple[float, float],
+    tokens: tuple[float, float, float],
+    change: float,
+    identical: int,
+    prompts: int,
+) -> None:
     policy = {
         "nll_per_token": nll[0],
         "num_prompts": prompts,
@@ -228,7 +240,7 @@ def test_any_figures_give_a_verdict_of_every_guard(nll, share, tokens, change, i
 
 
 @given(nll=st.floats(0.1, 10), threshold=st.floats(0, 3), more=st.floats(0, 3))
-def test_a_higher_threshold_never_trips_on_what_a_lower_one_passes(nll, threshold, more) -> None:
+def test_a_higher_threshold_never_trips_on_what_a_lower_one_passes(nll: float, threshold: float, more: float) -> None:
     low, high = (
         tripped(measures(nll_per_token=nll), guards_of(nll_rise={"threshold": limit}))
         for limit in (threshold, threshold + more)

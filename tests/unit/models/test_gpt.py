@@ -1,7 +1,9 @@
 """Token log-probs of Llama and Mistral against transformers in fp32; models and providers that are refused."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_spin.errors import CheckpointError, ConfigError
+from megatron_spin.parallel.dims import ParallelDims
 from tests.support.tiny import tiny_model
 from tests.support.world import RankError, World
 
 VOCABULARY = 101  # needs padding
 LENGTH = 40  # beyond Mistral's window
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "llama_tied": {"family": "llama", "tied": True, "heads": 4, "kv_heads": 2},
     "llama_untied": {"family": "llama", "tied": False, "heads": 4, "kv_heads": 4},
     "mistral": {"family": "mistral", "tied": False, "heads": 4, "kv_heads": 2, "sliding_window": 7},
@@ -24,20 +27,24 @@ ROPE = {
     "theta": {"rope_type": "default", "rope_theta": 500.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     "llama3": {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
-def world():
+def world() -> Iterator[World]:
     world = World(1)
     yield world
     world.close()
 
 
-def build(hf: Path, **sections):
+def build(hf: Path, **sections: Any) -> tuple[Any, ParallelDims]:
     """(model, dims) with the weights of ``hf``."""
     from megatron_spin.parallel.setup import choose_device, initialize
     from tests.support.ranks import tiny_config
@@ -53,7 +60,9 @@ def build(hf: Path, **sections):
     return model[0], dims
 
 
-def token_logps(hf: Path, input_ids: np.ndarray, labels: np.ndarray, sections: dict | None = None) -> np.ndarray:
+def token_logps(
+    hf: Path, input_ids: np.ndarray, labels: np.ndarray, sections: dict[str, Any] | None = None
+) -> np.ndarray:
     """-``forward(labels=)`` of a single process, [b, s]."""
     model, _ = build(hf, **(sections or {}))
     from megatron_spin.parallel.cpu_device import megatron_region
@@ -65,7 +74,7 @@ def token_logps(hf: Path, input_ids: np.ndarray, labels: np.ndarray, sections: d
     return (-losses).numpy()
 
 
-def build_error(hf: Path, sections: dict | None = None) -> str:
+def build_error(hf: Path, sections: dict[str, Any] | None = None) -> str:
     try:
         build(hf, **(sections or {}))
     except (ConfigError, CheckpointError) as error:
@@ -91,21 +100,21 @@ def distance(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
-def change_config(hf: Path, **changes) -> Path:
+def change_config(hf: Path, **changes: Any) -> Path:
     path = hf / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return hf
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_token_logps_equal_transformers(world, tmp_path, name):
+def test_token_logps_equal_transformers(world: World, tmp_path: Path, name: str) -> None:
     tiny_model(tmp_path, vocabulary=VOCABULARY, tokenizer=False, **MODELS[name])
     input_ids, labels = batch()
     [actual] = world.run(token_logps, tmp_path, input_ids, labels)
     assert distance(actual, expected_logps(tmp_path, input_ids, labels)) < 1e-5
 
 
-def test_the_window_is_exactly_that_of_transformers(world, tmp_path):
+def test_the_window_is_exactly_that_of_transformers(world: World, tmp_path: Path) -> None:
     """One position more or less would show: it is far from rounding."""
     tiny_model(tmp_path, vocabulary=VOCABULARY, tokenizer=False, **MODELS["mistral"])
     input_ids, labels = batch()
@@ -117,7 +126,7 @@ def test_the_window_is_exactly_that_of_transformers(world, tmp_path):
 
 @pytest.mark.parametrize("rope", ROPE)
 @pytest.mark.parametrize("old_names", [False, True])
-def test_rope_settings_under_both_names(world, tmp_path, rope, old_names):
+def test_rope_settings_under_both_names(world: World, tmp_path: Path, rope: str, old_names: bool) -> None:
     tiny_model(tmp_path, vocabulary=VOCABULARY, tokenizer=False, **MODELS["llama_untied"])
     settings = ROPE[rope]
     if old_names:  # as transformers 4 wrote them
@@ -139,7 +148,7 @@ def test_rope_settings_under_both_names(world, tmp_path, rope, old_names):
     )
 
 
-def test_head_size_of_its_own(world, tmp_path):
+def test_head_size_of_its_own(world: World, tmp_path: Path) -> None:
     """As Mistral Nemo: heads times head size is not the hidden size."""
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -155,7 +164,7 @@ def test_head_size_of_its_own(world, tmp_path):
     assert distance(actual, expected_logps(tmp_path, input_ids, labels)) < 1e-5
 
 
-def test_bf16_agrees_within_its_precision(world, tmp_path):
+def test_bf16_agrees_within_its_precision(world: World, tmp_path: Path) -> None:
     tiny_model(tmp_path, vocabulary=VOCABULARY, tokenizer=False, **MODELS["mistral"])
     input_ids, labels = batch()
     [actual] = world.run(token_logps, tmp_path, input_ids, labels, {"precision": {"dtype": "bf16"}})
@@ -169,7 +178,7 @@ def probabilities_sum(hf: Path, input_ids: np.ndarray) -> float:
     return float(np.abs(np.exp(token_logps(hf, repeated, labels)).sum(axis=0) - 1).max())
 
 
-def test_padding_takes_no_probability(world, tmp_path):
+def test_padding_takes_no_probability(world: World, tmp_path: Path) -> None:
     """101 real tokens of 104 rows: their probabilities alone sum to 1."""
     tiny_model(tmp_path, vocabulary=VOCABULARY, tokenizer=False, **MODELS["llama_tied"])
     [worst] = world.run(probabilities_sum, tmp_path, batch(1)[0])
@@ -197,13 +206,15 @@ def test_padding_takes_no_probability(world, tmp_path):
         ),
     ],
 )
-def test_what_megatron_would_leave_out_is_refused(world, tmp_path, changes, message):
+def test_what_megatron_would_leave_out_is_refused(
+    world: World, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     tiny_model(tmp_path, vocabulary=VOCABULARY, tokenizer=False)
     [error] = world.run(build_error, change_config(tmp_path, **changes))
     assert_matches(error, message)
 
 
-def test_a_mistral_that_does_not_say_its_window_is_refused(world, tmp_path):
+def test_a_mistral_that_does_not_say_its_window_is_refused(world: World, tmp_path: Path) -> None:
     tiny_model(tmp_path, vocabulary=VOCABULARY, tokenizer=False, family="mistral")
     raw = json.loads((tmp_path / "config.json").read_text())
     del raw["sliding_window"]
@@ -224,13 +235,15 @@ def test_a_mistral_that_does_not_say_its_window_is_refused(world, tmp_path):
         ({"softmax_type": "off-by-one"}, "attention computes softmax_type='vanilla' only, not 'off-by-one'"),
     ],
 )
-def test_transformer_fields_that_cannot_be(world, tmp_path, transformer, message):
+def test_transformer_fields_that_cannot_be(
+    world: World, tmp_path: Path, transformer: dict[str, Any], message: str
+) -> None:
     tiny_model(tmp_path, vocabulary=VOCABULARY, tokenizer=False)
     [error] = world.run(build_error, tmp_path, {"model": {"transformer": transformer}})
     assert_matches(error, message)
 
 
-def test_a_known_transformer_field_is_taken(world, tmp_path):
+def test_a_known_transformer_field_is_taken(world: World, tmp_path: Path) -> None:
     tiny_model(tmp_path, vocabulary=VOCABULARY, tokenizer=False, **MODELS["llama_tied"])
     input_ids, labels = batch()
     [plain] = world.run(token_logps, tmp_path, input_ids, labels)
@@ -240,7 +253,7 @@ def test_a_known_transformer_field_is_taken(world, tmp_path):
     assert distance(changed, plain) > 1e-3
 
 
-def dropout_provider(pre_process=True, post_process=True, vp_stage=None):
+def dropout_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> Any:
     """A user's provider that leaves Megatron's default dropout of 0.1 in place."""
     from examples.providers.plain_gpt import model_provider
 
@@ -267,7 +280,9 @@ not_a_function = 3
         ),
     ],
 )
-def test_providers_that_cannot_be(world, tmp_path, provider, sections, message):
+def test_providers_that_cannot_be(
+    world: World, tmp_path: Path, provider: str, sections: dict[str, Any], message: str
+) -> None:
     tiny_model(tmp_path, tokenizer=False)
     [error] = world.run(build_error, tmp_path, {"model": {"provider": provider}, **sections})
     assert_matches(error, message)
@@ -282,14 +297,14 @@ def padded_sizes(cases: list[tuple[int, int, int]]) -> list[int]:
     return [padded_vocab_size(size, divisible_by=divisible_by, tensor_parallel=tp) for size, divisible_by, tp in cases]
 
 
-def test_padded_vocabulary_is_megatrons(world):
+def test_padded_vocabulary_is_megatrons(world: World) -> None:
     """As Megatron-LM's ``_vocab_size_with_padding``: GPT-2's 50257 is its own example."""
     cases = [(50257, 128, 1), (50257, 128, 8), (32000, 128, 4), (32001, 128, 2), (83, 8, 2), (128, 128, 1)]
     [sizes] = world.run(padded_sizes, cases)
     assert sizes == [50304, 51200, 32256, 32256, 96, 128]
 
 
-def test_a_failure_in_a_rank_shows_its_traceback(world):
+def test_a_failure_in_a_rank_shows_its_traceback(world: World) -> None:
     with pytest.raises(RankError, match="ZeroDivisionError"):
         world.run(divmod, 1, 0)
 

@@ -111,15 +111,14 @@ def run(tmp_path: Path) -> RunDir:
         Row(i, [3], tokenizer(text, add_special_tokens=False)["input_ids"], False) for i, text in enumerate(answers)
     ]
     save_rows(run_dir.data / "train.parquet", rows)
-    measured = {
-        ("baseline", "sft"): (0.6, 0.4, None),
-        ("baseline", "sft_continued"): (0.7, 0.25, None),
-        ("baseline", "sft_continued_2x"): (0.75, 0.24, None),
-        ("iteration", 0): (0.85, 0.05, 0.9),
-        ("iteration", 1): (0.9, 0.04, 0.7),
-    }
-    for (kind, name), (matched, careless, opponent) in measured.items():
-        target = run_dir.target(**{kind: name})
+    measured = [
+        (run_dir.target(baseline="sft"), 0.6, 0.4, None),
+        (run_dir.target(baseline="sft_continued"), 0.7, 0.25, None),
+        (run_dir.target(baseline="sft_continued_2x"), 0.75, 0.24, None),
+        (run_dir.target(iteration=0), 0.85, 0.05, 0.9),
+        (run_dir.target(iteration=1), 0.9, 0.04, 0.7),
+    ]
+    for target, matched, careless, opponent in measured:
         write_json(target.eval, evaluation(matched=matched, careless=careless, opponent=opponent))
         write_jsonl(target.directory / "samples.jsonl", [sample(index, target.label) for index in (7, 3, 5)])
     for iteration in (0, 1):
@@ -136,7 +135,7 @@ def run(tmp_path: Path) -> RunDir:
     return run_dir
 
 
-def test_what_the_habit_leaves_and_more_files_have_columns_of_their_own(run, tmp_path) -> None:
+def test_what_the_habit_leaves_and_more_files_have_columns_of_their_own(run: RunDir, tmp_path: Path) -> None:
     other = RunDir(tmp_path / "other")
     shutil.copytree(run.root, other.root)
     other.config.unlink()
@@ -149,7 +148,7 @@ def test_what_the_habit_leaves_and_more_files_have_columns_of_their_own(run, tmp
     assert len(comparison(read_results(other.root), narrow=True).titles) == len(table.titles) - 2
 
 
-def test_rows_in_the_order_of_the_comparison(run) -> None:
+def test_rows_in_the_order_of_the_comparison(run: RunDir) -> None:
     table = comparison(read_results(run.root))
     assert [row[0] for row in table.rows] == [
         "SFT",
@@ -163,7 +162,7 @@ def test_rows_in_the_order_of_the_comparison(run) -> None:
     assert all(len(row) == len(table.titles) for row in table.rows)
 
 
-def test_cells_are_the_files_numbers(run) -> None:
+def test_cells_are_the_files_numbers(run: RunDir) -> None:
     table = comparison(read_results(run.root))
     cells = dict(zip(table.titles, next(row for row in table.rows if row[0] == "SPIN 0"), strict=True))
     assert cells["exact match, sampled"] == "85.0% ± 2.0%" and cells["greedy"] == "95.0% ± 3.0%"
@@ -172,7 +171,7 @@ def test_cells_are_the_files_numbers(run) -> None:
     assert "85.0%" in narrow.rows[3] and not any("±" in cell for row in narrow.rows for cell in row)
 
 
-def test_the_datas_own_share_stands_beside(run) -> None:
+def test_the_datas_own_share_stands_beside(run: RunDir) -> None:
     results = read_results(run.root)
     assert results.data_patterns == {"careless": 0.25} and results.prompts == 4
     rows = {row[0]: row for row in comparison(results).rows}
@@ -183,20 +182,20 @@ def test_the_datas_own_share_stands_beside(run) -> None:
     )
 
 
-def test_numbers_that_do_not_apply_are_dashes(run) -> None:
+def test_numbers_that_do_not_apply_are_dashes(run: RunDir) -> None:
     table = comparison(read_results(run.root))
     rows = {row[0]: dict(zip(table.titles, row, strict=True)) for row in table.rows}
     assert rows["SFT"]["beats opponent"] == "–"  # noqa: RUF001
 
 
-def test_times_are_summed_by_kind(run) -> None:
+def test_times_are_summed_by_kind(run: RunDir) -> None:
     rows = {row[0]: row[1:] for row in times(read_results(run.root)).rows}
     assert rows["train"] == ["2", "20.0", "43%", "2.5"] and rows["train, baselines"][:3] == ["2", "20.0", "43%"]
     assert rows["prepare"] == ["1", "1.0", "2%", "–"]  # noqa: RUF001
     assert rows["all"][:3] == ["", "46.0", ""] and float(rows["all"][3]) >= 2.5
 
 
-def test_as_many_steps_at_another_rate_has_another_name(run, tmp_path) -> None:
+def test_as_many_steps_at_another_rate_has_another_name(run: RunDir, tmp_path: Path) -> None:
     baselines = {
         "plain": {},
         "high": {"learning_rate": 1e-4},
@@ -218,7 +217,7 @@ def test_as_many_steps_at_another_rate_has_another_name(run, tmp_path) -> None:
     ]
 
 
-def test_memory_is_recorded_in_gib(tmp_path) -> None:
+def test_memory_is_recorded_in_gib(tmp_path: Path) -> None:
     """Of a child that has ended, too: vLLM's process is the largest of a generation."""
     script = "import json, sys; from pathlib import Path; from megatron_spin.run.directory import RunDir; run = RunDir(Path(sys.argv[1])); "
     script += "import subprocess; subprocess.run([sys.executable, '-c', 'x = bytearray(300 * 2**20); x[::4096] = b\"1\" * len(x[::4096])']); "
@@ -237,7 +236,7 @@ def test_memory_is_recorded_in_gib(tmp_path) -> None:
     assert 0.3 < read_json(tmp_path / "state.json")["phases"]["a"]["peak_memory_gib"] < 0.5
 
 
-def test_markdown_is_a_table(run) -> None:
+def test_markdown_is_a_table(run: RunDir) -> None:
     lines = markdown(comparison(read_results(run.root))).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1 and set(table[1]) <= set("|-:")
@@ -245,7 +244,7 @@ def test_markdown_is_a_table(run) -> None:
     assert "![training curves and results](report.png)" in text and "Where the time went" in text
 
 
-def test_the_picture_is_small_and_the_same_each_time(run, tmp_path) -> None:
+def test_the_picture_is_small_and_the_same_each_time(run: RunDir, tmp_path: Path) -> None:
     results = read_results(run.root)
     pictures = [tmp_path / "a.png", tmp_path / "b.png"]
     for picture in pictures:
@@ -257,7 +256,7 @@ def test_the_picture_is_small_and_the_same_each_time(run, tmp_path) -> None:
 @pytest.mark.parametrize(
     "left", [["iteration_1"], ["iteration_1", "baselines"], ["baselines", "iteration_0/eval.json", "iteration_1"]]
 )
-def test_an_unfinished_run_shows_what_there_is(run, tmp_path, left) -> None:
+def test_an_unfinished_run_shows_what_there_is(run: RunDir, tmp_path: Path, left: list[str]) -> None:
     import shutil
 
     for name in left:
@@ -270,13 +269,13 @@ def test_an_unfinished_run_shows_what_there_is(run, tmp_path, left) -> None:
         run_block(results, picture=tmp_path / "picture.png", page=tmp_path / "README.md")
 
 
-def test_half_a_line_of_metrics_is_left_out(run) -> None:
+def test_half_a_line_of_metrics_is_left_out(run: RunDir) -> None:
     path = run.target(iteration=1).metrics
     path.write_text(path.read_text()[:-20])
     assert len(read_results(run.root).curves[1]) == STEPS - 1
 
 
-def test_without_patterns_or_matches_other_panels_stand_in(run, tmp_path) -> None:
+def test_without_patterns_or_matches_other_panels_stand_in(run: RunDir, tmp_path: Path) -> None:
     (tmp_path / "run2").mkdir()
     other = RunDir(tmp_path / "run2")
     other.open(config_of(tmp_path, patterns={}))
@@ -287,7 +286,7 @@ def test_without_patterns_or_matches_other_panels_stand_in(run, tmp_path) -> Non
     assert "careless" not in comparison(results).titles
 
 
-def test_what_is_no_run_directory(tmp_path) -> None:
+def test_what_is_no_run_directory(tmp_path: Path) -> None:
     with pytest.raises(RunDirError, match="is not a run directory"):
         read_results(tmp_path)
     RunDir(tmp_path / "empty").open(config_of(tmp_path))
@@ -302,7 +301,7 @@ def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_tool_fits_a_terminal_and_updates_a_readme(run, tmp_path) -> None:
+def test_the_tool_fits_a_terminal_and_updates_a_readme(run: RunDir, tmp_path: Path) -> None:
     shown = tool("tools/report.py", run.root)
     assert shown.returncode == 0, shown.stderr
     assert "…" not in shown.stdout and "SPIN 1" in shown.stdout and "tensorboard --logdir" in shown.stdout
@@ -321,7 +320,7 @@ def test_the_tool_fits_a_terminal_and_updates_a_readme(run, tmp_path) -> None:
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "is not a run directory" in refused.stderr
 
 
-def test_a_readme_and_a_page_are_updated(run, tmp_path) -> None:
+def test_a_readme_and_a_page_are_updated(run: RunDir, tmp_path: Path) -> None:
     assert tool("tools/report.py", run.root).returncode == 0
     readme, page, picture = tmp_path / "README.md", tmp_path / "docs/page.md", tmp_path / "docs/run.png"
     page.parent.mkdir()
@@ -344,7 +343,7 @@ def test_a_readme_and_a_page_are_updated(run, tmp_path) -> None:
     assert picture.read_bytes() == (run.root / "report.png").read_bytes()
 
 
-def test_the_readme_has_the_first_columns_and_the_page_all(run, tmp_path) -> None:
+def test_the_readme_has_the_first_columns_and_the_page_all(run: RunDir, tmp_path: Path) -> None:
     results = read_results(run.root)
     everything = comparison(results).titles
     short = run_block(results, picture=tmp_path / "run.png", page=tmp_path / "README.md", short=True)
@@ -361,13 +360,13 @@ def test_the_readme_has_the_first_columns_and_the_page_all(run, tmp_path) -> Non
 
 
 @pytest.mark.parametrize("text", ["no markers", f"{END}{BEGIN}", f"{BEGIN}{BEGIN}{END}"])
-def test_a_readme_without_the_markers(tmp_path, text) -> None:
+def test_a_readme_without_the_markers(tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_text(text)
     with pytest.raises(RunDirError, match="once each"):
         replace_block(tmp_path / "README.md", "x")
 
 
-def test_a_run_names_each_machine_it_ran_on_once(tmp_path, monkeypatch) -> None:
+def test_a_run_names_each_machine_it_ran_on_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = RunDir(tmp_path)
     for name in ("here", "here", "there"):
         monkeypatch.setattr(machine, "describe", lambda name=name: name)

@@ -39,7 +39,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_everyone_answers_the_same_prompt(run) -> None:
+def test_everyone_answers_the_same_prompt(run: Path) -> None:
     shown = read_shown(run, count=2, decoding="sampled")
     assert [(item.index, item.prompt) for item in shown] == [(9, "prompt 9"), (2, "prompt 2")]
     assert shown[0].answers == [
@@ -53,7 +53,7 @@ def test_everyone_answers_the_same_prompt(run) -> None:
     assert len(greedy) == 3 and greedy[0].answers[1] == ("SFT", "greedy baselines/sft", False)
 
 
-def test_an_unfinished_run_has_fewer_models_and_an_old_one_knows_no_cuts(run) -> None:
+def test_an_unfinished_run_has_fewer_models_and_an_old_one_knows_no_cuts(run: Path) -> None:
     for model in ("iteration_1", "baselines/more"):
         (run / model / "samples.jsonl").unlink()
     old = row(2, "baselines/sft")
@@ -64,7 +64,7 @@ def test_an_unfinished_run_has_fewer_models_and_an_old_one_knows_no_cuts(run) ->
     assert not any(cut for _, _, cut in shown.answers)
 
 
-def test_text_stays_text(run) -> None:
+def test_text_stays_text(run: Path) -> None:
     """Nothing in an answer is Markdown: heading and fence stay inside the block, and wrapping loses no word."""
     text = "#### 18 **bold**\n\n````python\nx = 1\n````\n  " + "word " * 60
     write_jsonl(run / "iteration_0/samples.jsonl", [row(9, "iteration_0", sampled=text)])
@@ -97,13 +97,13 @@ def test_text_stays_text(run) -> None:
         ([{"prompt": "p"}], "is damaged .KeyError"),
     ],
 )
-def test_files_that_do_not_belong_together(run, rows, message) -> None:
+def test_files_that_do_not_belong_together(run: Path, rows: list[dict[str, Any]], message: str) -> None:
     write_jsonl(run / "iteration_0/samples.jsonl", rows)
     with pytest.raises(RunDirError, match=message):
         read_shown(run, count=3, decoding="sampled")
 
 
-def test_half_a_line_and_no_run(run, tmp_path) -> None:
+def test_half_a_line_and_no_run(run: Path, tmp_path: Path) -> None:
     path = run / "iteration_0/samples.jsonl"
     path.write_text(json.dumps(row(9, "x"))[:-5])
     with pytest.raises(RunDirError, match="is damaged"):
