@@ -22,14 +22,24 @@ class Example:
     answers: tuple[TokenIds, ...]
 
     @property
+    def lengths(self) -> list[int]:
+        """Response tokens of each answer."""
+        return [len(answer) for answer in self.answers]
+
+    @property
+    def identical(self) -> list[bool]:
+        """Whether each answer equals the real one token for token."""
+        return [list(answer) == list(self.answers[0]) for answer in self.answers]
+
+    @property
     def num_tokens(self) -> int:
         """Real tokens of all its sequences; the prompt counts once per answer."""
-        return len(self.prompt_ids) * len(self.answers) + sum(len(answer) for answer in self.answers)
+        return len(self.prompt_ids) * len(self.answers) + sum(self.lengths)
 
     @property
     def longest(self) -> int:
         """Positions that its longest sequence needs: its tokens less one, because labels are shifted by one."""
-        return len(self.prompt_ids) + max(len(answer) for answer in self.answers) - 1
+        return len(self.prompt_ids) + max(self.lengths) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +65,12 @@ class Microbatch:
     """[b, r] bool: whether the answer equals the real one token for token."""
     reference: torch.Tensor | None = None
     """[b, r] fp32: the reference's summed log-probs of the answers; None while scoring or if none are needed."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(sequences, positions) that the model is given."""
+        sequences, length = self.input_ids.shape
+        return sequences, length
 
     def model_inputs(self) -> dict[str, Any]:
         """Arguments of ``model.forward``, by GPTModel's names.
@@ -139,7 +155,7 @@ class Batcher:
             tokens[row, : len(prompt)] = prompt
             tokens[row, len(prompt) : end] = answer
             mask[row, len(prompt) - 1 : end - 1] = 1.0
-        identical = [[list(answer) == list(example.answers[0]) for answer in example.answers] for example in examples]
+        identical = [example.identical for example in examples]
         on_device = torch.from_numpy(tokens).to(self.device)
         own_reference = None
         if reference is not None:

@@ -66,7 +66,7 @@ def run_schedule(
     Returns:
         One result per microbatch on the last pipeline stage, an empty list on the others.
     """
-    sequences, length = microbatches[0].input_ids.shape
+    sequences, length = microbatches[0].shape
     with megatron_region(), torch.set_grad_enabled(not forward_only):
         results: list[Any] = get_forward_backward_func()(
             forward_step_func=step,

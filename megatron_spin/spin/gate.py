@@ -4,11 +4,12 @@ Pure torch: the gate evaluates the objective itself and knows nothing of any los
 """
 
 import dataclasses
+import itertools
 
 import torch
 
 from megatron_spin.errors import GateError
-from megatron_spin.spin.objective import AnswerLogps, Objective
+from megatron_spin.spin.objective import AnswerLogps, Objective, Outcome
 
 ROUNDING = 1e-6
 """Relative rounding of a mean of fp32 losses."""
@@ -45,25 +46,22 @@ def first_loss(objective: Objective, logps: AnswerLogps, noise: float) -> FirstL
         logps: of all pairs of the first batch; the policy's are the scores of the same weights.
         noise: nats by which two computations of one score may differ.
     """
-    policy = logps.policy.detach().double().requires_grad_()
-    mean = _mean_loss(objective, logps, policy)
-    expected = mean.item()
-    direction = torch.zeros_like(policy)
-    if mean.requires_grad:  # a constant does not
-        (slope,) = torch.autograd.grad(mean, policy)
-        direction = slope.sign()
-    # The worst that noise can do: every score off by its bound, in the direction that raises, or lowers, the loss.
-    corners = []
-    for sign in (1.0, -1.0):
-        moved = policy.detach() + sign * noise * direction
-        corners.append(_mean_loss(objective, logps, moved).item())
-    spread = max(abs(corner - expected) for corner in corners)
-    return FirstLoss(expected=expected, tolerance=spread + ROUNDING * abs(expected))
+    at_start = _evaluate(objective, logps, logps.policy)
+    count = float(len(logps.policy))
+    if at_start.count is not None:
+        count = float(at_start.count.sum())
+    # A convex loss is largest at a corner of the box of scores that noise allows, so its corners bound what noise can do.
+    worst = torch.zeros_like(at_start.loss)
+    for signs in itertools.product((1.0, -1.0), repeat=logps.policy.shape[1]):
+        moved = logps.policy.double() + noise * torch.tensor(signs, dtype=torch.float64)
+        change = (_evaluate(objective, logps, moved).loss - at_start.loss).abs()
+        worst = torch.maximum(worst, change)
+    expected = float(at_start.loss.sum()) / count
+    return FirstLoss(expected=expected, tolerance=float(worst.sum()) / count + ROUNDING * abs(expected))
 
 
-def _mean_loss(objective: Objective, logps: AnswerLogps, policy: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def _evaluate(objective: Objective, logps: AnswerLogps, policy: torch.Tensor) -> Outcome:
+    """The objective in double precision: the gate's own rounding must not count as noise."""
     reference = None if logps.reference is None else logps.reference.double()
-    outcome = objective(AnswerLogps(policy, reference, logps.lengths, logps.identical))
-    if outcome.weight is None:
-        return outcome.loss.mean()
-    return outcome.loss.sum() / outcome.weight.sum()
+    return objective(AnswerLogps(policy.double(), reference, logps.lengths, logps.identical))

@@ -61,10 +61,12 @@ class Outcome:
     """[b]: each prompt's share of the loss; its gradient is followed."""
     metrics: "dict[str, Tensor]" = dataclasses.field(default_factory=dict)
     """[b] each, by name: means over the prompts of a step go into ``metrics.jsonl``."""
-    weight: "Tensor | None" = None
-    """[b] whole numbers: what each prompt counts in the mean of the loss over the global batch; None counts each
-    once.
-    """
+    count: "Tensor | None" = None
+    """[b] integers: the sum of the losses is divided by the sum of these over the global batch; None counts prompts."""
+
+
+RESERVED_METRICS = ("step", "loss", "grad_norm", "learning_rate", "tokens", "pairs", "identical", "seconds")
+"""Columns of ``metrics.jsonl`` that no objective's metric may be named after; ``ANSWER_logps`` are the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,11 @@ def _check_answers(name: str, kind: type[Objective]) -> None:
             f"training.objective={name!r} has answers {', '.join(kind.answers) or 'none'}: the first must be real, "
             f"the others may be {' and '.join(known[1:])}, each once"
         )
+    if kind.needs_reference and not kind.compares():
+        raise ConfigError(
+            f"training.objective={name!r} needs a reference, but has no answer beside the real one: nothing would check "
+            "the opponent; add an answer or set needs_reference to False"
+        )
     if kind.generates and "generated" not in kind.answers:
         raise ConfigError(
             f"training.objective={name!r} generates, but its answers lack 'generated': add it or set generates to False"
@@ -144,7 +151,7 @@ def _check_answers(name: str, kind: type[Objective]) -> None:
 def build_objective(config: Config, iteration: int) -> Objective:
     """The objective of ``iteration``: its fields take the values of the ``spin`` keys of the same names.
 
-    ``spin.parameters`` gives the others, and overrides.
+    ``spin.parameters`` gives the others.
 
     Raises:
         ConfigError: as :func:`objective_class`; ``spin.parameters`` names no field of it; a field without a value.
@@ -156,6 +163,9 @@ def build_objective(config: Config, iteration: int) -> Objective:
         if hasattr(config.spin, name):
             values[name] = at_iteration(getattr(config.spin, name), iteration)
     for name, value in config.spin.parameters.items():
+        if hasattr(config.spin, name):
+            # The guards and the evaluation read the key itself.
+            raise ConfigError(f"spin.parameters.{name} has a key of its own: set spin.{name}")
         if name not in fields:
             nearest = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(fields) or 'none'}"

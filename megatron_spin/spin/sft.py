@@ -18,4 +18,4 @@ class Sft(Objective):
     generates: ClassVar[bool] = False
 
     def __call__(self, logps: AnswerLogps) -> Outcome:
-        return Outcome(-logps.policy[:, 0], weight=logps.lengths[:, 0])
+        return Outcome(-logps.policy[:, 0], count=logps.lengths[:, 0].int())

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_spin.data.batcher import Microbatch
+from megatron_spin.errors import ConfigError
 from megatron_spin.parallel.pipeline import ForwardStep, forward_step
-from megatron_spin.spin.objective import AnswerLogps, Objective, Outcome
+from megatron_spin.spin.objective import RESERVED_METRICS, AnswerLogps, Objective, Outcome
 
 LossResult = tuple[Tensor, Tensor, dict[str, Tensor]]
 
@@ -30,8 +31,8 @@ def objective_forward_step(objective: Objective) -> ForwardStep:
         )
         outcome = objective(logps)
         count = torch.tensor(len(batch.rows), dtype=torch.int, device=token_losses.device)
-        if outcome.weight is not None:
-            count = outcome.weight.sum().to(torch.int)
+        if outcome.count is not None:
+            count = outcome.count.sum().int()
         loss_sum = outcome.loss.sum()
         named = {"loss": torch.stack([loss_sum.detach().float(), count.float()])}
         for name, values in _reported(objective, logps, outcome).items():
@@ -46,6 +47,9 @@ def reported_names(objective: Objective) -> list[str]:
     """What the forward step of ``objective`` reports: the mean loss, its metrics, each answer's mean log-prob in nats.
 
     ``identical`` is the share of prompts whose generated answer equals the real one.
+
+    Raises:
+        ConfigError: a metric of the objective has the name of a column that every step has.
     """
     width = len(objective.answers)
     zeros = torch.zeros(1, width)
@@ -56,7 +60,14 @@ def reported_names(objective: Objective) -> list[str]:
         lengths=torch.ones(1, width),
         identical=torch.zeros(1, width, dtype=torch.bool),
     )
-    return ["loss", *_reported(objective, logps, objective(logps))]
+    outcome = objective(logps)
+    reserved = {*RESERVED_METRICS, *(f"{answer}_logps" for answer in objective.answers)}
+    for name in outcome.metrics:
+        if name in reserved:
+            raise ConfigError(
+                f"objective {type(objective).__name__} reports a metric {name}, which every step has: give it another name"
+            )
+    return ["loss", *_reported(objective, logps, outcome)]
 
 
 def _reported(objective: Objective, logps: AnswerLogps, outcome: Outcome) -> dict[str, Tensor]:

@@ -76,6 +76,25 @@ class Constant(Objective):
         return Outcome(torch.full((len(logps.policy),), 3.0))
 
 
+@dataclasses.dataclass(frozen=True)
+class Square(Objective):
+    """A loss without slope where the policy is the opponent."""
+
+    label = "square"
+    task = "nothing"
+
+    def __call__(self, logps: AnswerLogps) -> Outcome:
+        ratios = logps.log_ratios()
+        return Outcome((ratios[:, 0] - ratios[:, 1]) ** 2)
+
+
+def test_noise_counts_where_the_loss_has_no_slope():
+    """Two scores of a pair, each off by 0.01, are 0.02 apart."""
+    gate = first_loss(Square(), scored(), 0.01)
+    assert gate.expected == 0.0
+    assert gate.tolerance == pytest.approx(0.02**2)
+
+
 def test_an_objective_without_slope_has_no_noise() -> None:
     gate = first_loss(Constant(), scored(), 100.0)
     assert gate.expected == 3.0

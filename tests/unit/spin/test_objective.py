@@ -67,6 +67,12 @@ class GeneratesForNothing(Own):
     answers: ClassVar[tuple[str, ...]] = ("real", "initial")
 
 
+@dataclasses.dataclass(frozen=True)
+class Unchecked(Own):
+    answers: ClassVar[tuple[str, ...]] = ("real",)
+    generates: ClassVar[bool] = False
+
+
 def config(objective: str = "spin", **spin: Any) -> Config:
     return from_dict(
         {
@@ -119,6 +125,8 @@ def test_a_users_own_objective() -> None:
         (f"{HERE}:Unknown", {}, "the others may be generated and initial"),
         (f"{HERE}:InitialWithoutGenerating", {}, "the others may be generated, each once"),
         (f"{HERE}:GeneratesForNothing", {}, "its answers lack 'generated'"),
+        (f"{HERE}:Unchecked", {}, "needs a reference, but has no answer beside the real one"),
+        (f"{HERE}:Own", {"mu": 1.0, "beta": 0.3}, "spin.parameters.beta has a key of its own: set spin.beta"),
     ],
 )
 def test_mistakes(name: str, parameters: dict[str, Any], message: str) -> None:

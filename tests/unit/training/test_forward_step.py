@@ -1,5 +1,6 @@
 """What the training step reports, for token losses that are given."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_spin.data.batcher import Batcher, Example, Microbatch
-from megatron_spin.spin.objective import Objective
+from megatron_spin.errors import ConfigError
+from megatron_spin.spin.objective import AnswerLogps, Objective, Outcome
 from megatron_spin.spin.pairwise import Spin
 from megatron_spin.spin.sft import Sft
 from megatron_spin.training.forward_step import objective_forward_step, reported_names
@@ -60,3 +62,21 @@ def test_sft_is_the_mean_over_tokens() -> None:
     assert named["loss"].tolist() == [4.0, 4.0]
     assert named["real_logps"].tolist() == [-4.0, 2.0]
     assert set(named) == set(reported_names(Sft()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden(Spin):
+    """Reports a metric under the name of a column that every step has."""
+
+    name: str = "loss"
+
+    def __call__(self, logps: AnswerLogps) -> Outcome:
+        outcome = super().__call__(logps)
+        return dataclasses.replace(outcome, metrics={self.name: outcome.loss})
+
+
+@pytest.mark.parametrize("name", ["loss", "tokens", "grad_norm", "real_logps", "identical"])
+def test_a_metric_does_not_replace_what_every_step_reports(name: str) -> None:
+    """Before, the gate and the check for NaN looked at the metric in the loss's place."""
+    with pytest.raises(ConfigError, match=f"Hidden reports a metric {name}, which every step has"):
+        reported_names(Hidden(name=name))
