@@ -117,19 +117,24 @@ def random_sequences(
 
 
 def parity_sample(
-    model: Sequence[torch.nn.Module], sequences: Sequence[tuple[TokenIds, TokenIds]], *, dims: ParallelDims
+    model: Sequence[torch.nn.Module],
+    sequences: Sequence[tuple[TokenIds, TokenIds]],
+    *,
+    alignment: int,
+    dims: ParallelDims,
 ) -> ParitySample:
     """Runs ``sequences`` through the Megatron model as one microbatch; a collective with one result for every rank.
 
     Args:
         model: this rank's chunks, its padded vocabulary masked (:func:`megatron_spin.models.vocabulary.mask_padding`).
         sequences: (prompt ids, response ids) pairs; a prompt has at least one token.
+        alignment: as the trainer's (:func:`megatron_spin.parallel.layout.alignment`).
     """
     examples = [Example(prompt, (response,)) for prompt, response in sequences]
     batcher = Batcher(
         examples=examples,
         micro_batch_size=len(examples),
-        alignment=dims.tp_size,
+        alignment=alignment,
         dp_rank=0,
         dp_size=1,
         device=dims.device,

@@ -19,6 +19,7 @@ from megatron_spin.hf.files import read_hf_config
 from megatron_spin.models.provider import build_model
 from megatron_spin.parallel.collectives import raised_everywhere
 from megatron_spin.parallel.dims import ParallelDims
+from megatron_spin.parallel.layout import alignment
 from megatron_spin.training.checkpoint import load_checkpoint
 
 
@@ -42,7 +43,7 @@ def export_model(config: Config, checkpoint: Path, out_dir: Path, *, dims: Paral
             stored = ParitySample.load(checkpoint / PROBE_FILE)
     model = build_model(config, dims)
     step = int(load_checkpoint(checkpoint, model, dims=dims)["step"])
-    sample = stored or parity_sample(model, random_sequences(hf_config), dims=dims)
+    sample = stored or parity_sample(model, random_sequences(hf_config), alignment=alignment(config), dims=dims)
     bound = BOUNDS["fp32" if compute == dtype == "fp32" else "bf16"]
     verify = functools.partial(check_parity, sample=sample, dtype=compute, bound=bound, device=dims.device)
     export = export_hf(model, assets, out_dir, dims, dtype, step=step, verify=verify)

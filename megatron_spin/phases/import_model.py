@@ -13,6 +13,7 @@ from megatron_spin.hf.files import read_hf_config
 from megatron_spin.models.provider import build_model
 from megatron_spin.parallel.collectives import gather_objects, raised_everywhere
 from megatron_spin.parallel.dims import ParallelDims
+from megatron_spin.parallel.layout import alignment
 from megatron_spin.training.checkpoint import latest_step, save_checkpoint
 
 
@@ -36,7 +37,7 @@ def import_model(config: Config, checkpoint: Path, *, dims: ParallelDims) -> Con
     model = build_model(config, dims)
     load_hf(model, source, dims)
     found = streamed_identity(model, hf_config, dims, dtype)
-    sample = parity_sample(model, random_sequences(hf_config), dims=dims)
+    sample = parity_sample(model, random_sequences(hf_config), alignment=alignment(config), dims=dims)
     parity: Parity | None = None
     with raised_everywhere(dims):
         if dims.rank == 0:

@@ -369,6 +369,6 @@ def _write_probe(target: Target, policy: Policy) -> None:
     sequences = []
     for example in policy.batcher.examples[:PROBE_EXAMPLES]:
         sequences += [(example.prompt_ids, answer) for answer in example.answers]
-    sample = parity_sample(policy.model, sequences, dims=policy.dims)
+    sample = parity_sample(policy.model, sequences, alignment=policy.batcher.alignment, dims=policy.dims)
     if policy.dims.rank == 0:
         sample.save(target.checkpoints / PROBE_FILE)

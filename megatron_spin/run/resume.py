@@ -107,12 +107,18 @@ def _other_file(run_dir: "RunDir", key: str, path: Path) -> str | None:
 def _other_model(run_dir: "RunDir", old: Config, path: Path) -> str | None:
     """Why ``path`` is not the model that the run began with, or None."""
     from megatron_spin.data.templates import tokenizer_sha
+    from megatron_spin.hf.assets import CHECKPOINT_ASSETS
     from megatron_spin.hf.identity import has_identity
 
     if not (path / "config.json").is_file():
         return f"model.hf={path} holds no config.json"
     if run_dir.is_done("prepare") and tokenizer_sha(path) != read_json(run_dir.data / "manifest.json")["tokenizer"]:
         return f"model.hf={path} has another tokenizer than the one that prepare read"
+    imported = run_dir.base / CHECKPOINT_ASSETS / "config.json"
+    if imported.is_file():
+        differing = _differing_config(imported, path / "config.json")
+        if differing:
+            return f"model.hf={path} has another config.json than the model that the run began with ({differing[0]})"
     known = _known_identities(run_dir, old)
     if not known:
         return None
@@ -121,6 +127,17 @@ def _other_model(run_dir: "RunDir", old: Config, path: Path) -> str | None:
     if not has_identity(path, dtype, known[dtype]):
         return f"model.hf={path} holds other weights than the model that the run began with"
     return None
+
+
+WRITTEN_BY_TOOLS = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
+"""Keys of a model's ``config.json`` that do not change the model: import sets the dtype, transformers the others."""
+
+
+def _differing_config(before: Path, now: Path) -> list[str]:
+    """Keys whose values differ between two ``config.json`` files and change the model."""
+    old, new = read_json(before), read_json(now)
+    keys = (old.keys() | new.keys()) - set(WRITTEN_BY_TOOLS)
+    return sorted(key for key in keys if old.get(key) != new.get(key))
 
 
 def _known_identities(run_dir: "RunDir", old: Config) -> dict[str, str]:

@@ -184,7 +184,9 @@ def gate_differences(
     from megatron_spin.conversion.parity import BOUNDS, check_parity, parity_sample, random_sequences
 
     load_hf(model, hf_dir, dims)
-    sample = parity_sample(model, random_sequences(json.loads((hf_dir / "config.json").read_text())), dims=dims)
+    sample = parity_sample(
+        model, random_sequences(json.loads((hf_dir / "config.json").read_text())), alignment=8, dims=dims
+    )
     results: list[float | str] = []
     for name, change in [("model.norm.weight", 0.0), *faults] if dims.rank == 0 else []:
         altered = work / f"{name}_{change}"

@@ -11,6 +11,7 @@ from megatron_spin.config import Config, from_dict, load_config, to_yaml
 from megatron_spin.conversion.identity import identity
 from megatron_spin.data.templates import tokenizer_sha
 from megatron_spin.errors import RunDirError
+from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets
 from megatron_spin.io import sha256, write_json
 from megatron_spin.run.directory import RunDir
 from megatron_spin.run.plan import Plan
@@ -57,6 +58,7 @@ def prepared(directory: Path, raw: dict[str, Any]) -> RunDir:
     run_dir.open(config)
     files = {key: sha256(Path(path)) for key, path in config.data_files.items()}
     write_json(run_dir.data / "manifest.json", {"tokenizer": tokenizer_sha(Path(config.model.hf)), "files": files})
+    copy_assets(Path(config.model.hf), run_dir.base / CHECKPOINT_ASSETS)
     run_dir.mark_done("prepare", seconds=1.0)
     run_dir.mark_done("import", seconds=1.0, identity=identity(Path(config.model.hf), "fp32"), dtype="fp32")
     return run_dir
@@ -182,6 +184,21 @@ def test_another_tokenizer_is_refused(tmp_path: Path, raw: dict[str, Any]) -> No
     (model / "tokenizer_config.json").write_text("{}")
     with pytest.raises(RunDirError, match="has another tokenizer than the one that prepare read"):
         run_dir.open(changed(raw, "model", hf=str(model)))
+
+
+def test_the_same_weights_under_another_config_are_refused(tmp_path: Path, raw: dict[str, Any]) -> None:
+    """Training builds the model from config.json: another RoPE base with the same tensors is another function."""
+    run_dir = prepared(tmp_path, raw)
+    model = tmp_path / "model"
+    shutil.copytree(raw["model"]["hf"], model)
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "transformers_version": "0.0.0"}))
+    run_dir.open(changed(raw, "model", hf=str(model)))
+    path.write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    shutil.copytree(model, tmp_path / "again")
+    with pytest.raises(RunDirError, match=r"has another config.json than .* \(rms_norm_eps\)"):
+        run_dir.open(changed(raw, "model", hf=str(tmp_path / "again")))
 
 
 def test_data_of_a_run_without_their_hashes_must_keep_their_path(tmp_path: Path, raw: dict[str, Any]) -> None:
