@@ -40,6 +40,8 @@ OWNED = {
 """Fields of TransformerConfig that another config key sets, and that key: two places could contradict each other."""
 FIXED = (
     "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
     "calculate_per_token_loss",
     "hidden_dropout",
     "attention_dropout",
@@ -134,12 +136,26 @@ def gpt_model(
 def _layer_spec(
     config: TransformerConfig, kind: str, dims: ParallelDims, vp_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layers that the family's fields ask for; the local spec gets our attention and RMSNorm."""
+    layer_kind = {
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+    }
     if kind == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts)
-    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(**layer_kind)
+    if config.normalization != "RMSNorm":
+        raise ConfigError(
+            f"the local layer spec has no normalization {config.normalization!r} here: use layer_spec=transformer_engine"
+        )
+    spec = get_gpt_layer_local_spec(**layer_kind, normalization=config.normalization)
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = SDPAttention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = SDPAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
     layers = get_num_layers_to_build(config, vp_stage, dims.pp_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 

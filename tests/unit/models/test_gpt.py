@@ -253,6 +253,13 @@ def test_a_known_transformer_field_is_taken(world: World, tmp_path: Path) -> Non
     assert distance(changed, plain) > 1e-3
 
 
+def test_a_kind_of_layer_that_the_fields_ask_for_is_built(world: World, tmp_path: Path) -> None:
+    """The norms of queries and keys exist, so a family without rules for them cannot lose them without a word."""
+    tiny_model(tmp_path, tokenizer=False)
+    [error] = world.run(build_error, tmp_path, {"model": {"transformer": {"qk_layernorm": True}}})
+    assert_matches(error, r"self_attention\.[qk]_layernorm\.weight has no Hugging Face counterpart in family llama")
+
+
 def dropout_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> Any:
     """A user's provider that leaves Megatron's default dropout of 0.1 in place."""
     from examples.providers.plain_gpt import model_provider
