@@ -9,11 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_spin import log, processes
 from megatron_spin.config import Config, load_config
 from megatron_spin.errors import ConfigError, SpinError
 
 ERROR_FILE_VARIABLE = "SPIN_ERROR_FILE"
-"""Names a file into which the first failing process writes ``STATUS<TAB>message``; the driver reads it after torchrun has ended."""
+"""Names the file into which the first rank to fail writes ``STATUS<TAB>message``.
+
+The driver sets it, reads the file after the phase has ended, and prints the message; the ranks print none themselves.
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,11 +59,12 @@ def read_config(arguments: argparse.Namespace) -> tuple[Config, Path]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs ``main`` and turns what it raises into one line on stderr and an exit status (see :mod:`megatron_spin.errors`).
+    """Runs ``main``; turns what it raises into one line on stderr and an exit status (see :mod:`megatron_spin.errors`).
 
-    Unexpected exceptions keep their traceback (status 1): they are defects, and whoever mends them needs it.
+    Unexpected exceptions keep their traceback (status 1): they are defects, and the traceback is needed to fix them.
     """
     try:
+        log.setup()
         main()
     except SpinError as error:
         _fail(str(error), error.exit_status)
@@ -68,7 +73,8 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _fail(
-                f"no space left on the disk while writing {error.filename or 'a file'}: free some space and run the same command again",
+                f"no space left on the disk while writing {error.filename or 'a file'}: free some space and run the "
+                "same command again",
                 2,
             )
         _defect(error)
@@ -77,34 +83,64 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _defect(error: Exception) -> None:
-    _note(f"{type(error).__name__}: {error}", 1)
-    traceback.print_exc()
+    is_first = _is_first_to_fail(f"{type(error).__name__}: {error}", 1)
+    trace = "".join(traceback.format_exception(error))
+    # After another rank's failure this one is most likely its consequence: a peer that is gone, a collective cut off.
+    if is_first or not log.to_run_log(trace):
+        log.end_bars()
+        sys.stderr.write(trace)
     _leave(1)
 
 
 def _fail(message: str, status: int) -> None:
     line = " ".join(message.split())
-    _note(line, status)
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    is_first = _is_first_to_fail(line, status)
+    log.to_run_log(f"error: {line}")
+    log.end_bars()
+    named = os.environ.get(ERROR_FILE_VARIABLE)
+    if is_first and not (named and os.path.exists(named)):
+        # One write: print() makes two, and another process that shares the pipe can write between them.
+        sys.stderr.write(f"error: {line}\n")
     _leave(status)
 
 
 def _leave(status: int) -> None:
     # A process that belongs to a group must not wait for its peers in destructors: they may hang in a collective.
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if processes.world_size() > 1:
         os._exit(status)
     sys.exit(status)
 
 
-def _note(message: str, status: int) -> None:
-    path = os.environ.get(ERROR_FILE_VARIABLE)
-    if not path:
-        return
+def _is_first_to_fail(message: str, status: int) -> bool:
+    """Whether no other rank has failed before; if so, ``STATUS<TAB>message`` is left for the driver."""
+    path = _error_file()
+    if path is None:
+        return True
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-    except OSError:  # another rank was first: its message is the cause, ours probably the consequence
-        return
-    with os.fdopen(descriptor, "w") as file:
-        file.write(f"{status}\t{' '.join(message.split())}\n")
+        draft.write_text(f"{status}\t{' '.join(message.split())}\n")
+        os.link(draft, path)  # fails if it is there; there whole or not at all, however soon this process is killed
+    except FileExistsError:
+        return False
+    except OSError:  # the directory is full or gone: two lines are better than none
+        return True
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
+
+
+def _error_file() -> Path | None:
+    """Where the ranks of this phase agree on who failed first; None if nobody else could fail.
+
+    The driver names it. torchrun gives each rank a file ``.../ATTEMPT/RANK/error.json``: the attempt's directory is the
+    ranks' own.
+    """
+    named = os.environ.get(ERROR_FILE_VARIABLE)
+    if named:
+        return Path(named)
+    of_rank = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if of_rank and processes.world_size() > 1:
+        return Path(of_rank).parent.parent / "spin_error"
+    return None

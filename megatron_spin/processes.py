@@ -1,4 +1,7 @@
-"""Processes that die with the one that started them: an orphan would hold the run directory's lock and the driver's pipes."""
+"""The processes of a phase: their ranks, and that none outlives the one that started it. No torch.
+
+An orphan would hold the run directory's lock and the driver's pipes.
+"""
 
 import ctypes
 import functools
@@ -9,17 +12,27 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
+def rank() -> int:
+    """This process's rank, as its launcher numbers it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many ranks the launcher has started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def die_with_parent() -> None:
-    """On Linux the kernel kills this process when the thread that started it ends, whatever ends it; elsewhere nothing happens."""
+    """On Linux the kernel kills this process when the thread that started it ends; elsewhere nothing happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @functools.cache
 def forks_die_with_us() -> None:
-    """The same for every ``os.fork`` of this process and its forks from now on, as Megatron forks the writers of a checkpoint.
+    """The same for every later ``os.fork`` of this process and its forks: Megatron forks the writers of a checkpoint.
 
-    It holds until the process ends. What ``subprocess`` or multiprocessing's ``spawn`` start is not reached: Python runs no hook there.
+    It holds until the process ends. Python runs no hook for what ``subprocess`` or multiprocessing's ``spawn`` start.
     """
     parent = 0
 

@@ -5,8 +5,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from megatron_spin.config import Config
 from megatron_spin.data.reading import DroppedRow, Rejected, SourceRow, read_source_rows
 from megatron_spin.data.rows import Row
@@ -20,6 +18,7 @@ from megatron_spin.data.templates import (
 )
 from megatron_spin.errors import CheckpointError, ConfigError, DataError
 from megatron_spin.hf.assets import read_json_object
+from megatron_spin.log import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,16 +150,18 @@ def tokenize(
     rows: list[Row] = []
     rejected_rows: dict[int, Row] = {}
     rules = _RowRules(path, tokenizer, limits, template)
-    for item in tqdm(source.rows, desc=f"tokenize {path.name}", unit="row"):
-        try:
-            row = rules.row(item, item.answer)
-            # Both answers or neither: a preference with one usable answer is no pair.
-            if rejected != "ignored" and item.rejected is not None:
-                rejected_rows[item.index] = rules.row(item, item.rejected)
-        except DroppedRow as dropped_row:
-            dropped[dropped_row.reason] += 1
-        else:
-            rows.append(row)
+    with Progress(f"tokenize {path.name}", total=len(source.rows), unit="row") as bar:
+        for item in source.rows:
+            bar.update()
+            try:
+                row = rules.row(item, item.answer)
+                # Both answers or neither: a preference with one usable answer is no pair.
+                if rejected != "ignored" and item.rejected is not None:
+                    rejected_rows[item.index] = rules.row(item, item.rejected)
+            except DroppedRow as dropped_row:
+                dropped[dropped_row.reason] += 1
+            else:
+                rows.append(row)
     counts = {
         "read": source.read,
         "format": source.format,

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_spin.config import Config, Engine, at_iteration
 from megatron_spin.conversion.identity import identity
 from megatron_spin.data.rows import Row
 from megatron_spin.generation.engine import Completion, answer_caps, engine_settings, open_session
 from megatron_spin.io import atomic_writer
+from megatron_spin.log import Progress
 from megatron_spin.run.directory import Target
 
 CACHE = "eval_samples.jsonl"
@@ -89,14 +88,12 @@ def _generate(
     caps = answer_caps(prompts, max_new_tokens=config.held_out_cap, max_length=config.data.max_length)
     # A baseline answers with the settings of iteration 0.
     engine = engine_settings(config, model.target.iteration or 0, hf_dir=model.hf, end_token_id=end_token_id)
-    bar = tqdm(
-        total=len(prompts) * len(passes), desc=f"answers of {model.target.label}", unit="prompt", dynamic_ncols=True
-    )
+    bar = Progress(f"answers of {model.target.label}", total=len(prompts) * len(passes), unit="prompt")
 
     def advance(finished: int, _tokens: int) -> None:
         bar.update(finished)
 
-    with bar, open_session(engine) as session:
+    with open_session(engine) as session, bar:
         for item in passes:
             answers = session.generate(
                 prompts,

@@ -1,4 +1,4 @@
-"""What a step reports: ``metrics.jsonl``, tensorboard and one progress line."""
+"""What a step reports: ``metrics.jsonl``, tensorboard and progress."""
 
 import json
 import os
@@ -8,12 +8,21 @@ from types import TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from megatron_spin.io import atomic_writer
+from megatron_spin.log import Progress
 
 CONTRACT = ("loss", "margin", "accuracy", "real_logps", "generated_logps", "real_reward", "generated_reward")
 """Means over the prompts of a step that every row has; null where the objective does not report them."""
+
+SHOWN = {
+    "loss": "loss",
+    "margin": "margin",
+    "accuracy": "acc",
+    "real_logps": "real logps",
+    "generated_logps": "generated logps",
+}
+"""Columns of a row that its progress shows, and what it calls them."""
 
 
 def metrics_row(
@@ -40,7 +49,10 @@ def metrics_row(
 
 
 class MetricsWriter:
-    """Appends one object per step. On resume it first drops the steps that will run again, so no step is there twice."""
+    """Appends one object per step; use it in a ``with`` block.
+
+    On resume it first drops the steps that will be done again, so that no step is there twice.
+    """
 
     def __init__(self, jsonl: Path, tensorboard: Path, *, step: int, total: int, label: str, enabled: bool) -> None:
         self.enabled = enabled
@@ -51,9 +63,11 @@ class MetricsWriter:
             file.writelines(f"{line}\n" for line in kept)
         self._file = open(jsonl, "a")  # noqa: SIM115 (closed in __exit__)
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=step + 1)
-        self._bar = tqdm(total=total, initial=step, desc=label, unit="step")
+        self._progress = Progress(label, total=total, done=step, unit="step", shown=True)
 
     def __enter__(self) -> "MetricsWriter":
+        if self.enabled:
+            self._progress.__enter__()
         return self
 
     def __exit__(
@@ -62,7 +76,7 @@ class MetricsWriter:
         if self.enabled:
             self._file.close()
             self._tensorboard.close()
-            self._bar.close()
+            self._progress.__exit__(kind, error, trace)
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes the row of one step; the keys of the contract, ``step`` from 1."""
@@ -73,16 +87,9 @@ class MetricsWriter:
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._tensorboard.add_scalar(name, value, row["step"])
-        shown = {
-            "loss": "loss",
-            "margin": "margin",
-            "accuracy": "acc",
-            "real_logps": "real logps",
-            "generated_logps": "generated logps",
-        }
-        postfix = {label: f"{row[name]:.4g}" for name, label in shown.items() if row[name] is not None}
-        self._bar.set_postfix({**postfix, "tok/s": f"{row['tokens'] / row['seconds']:.0f}"}, refresh=False)
-        self._bar.update()
+        note = [f"{label}={row[name]:.4g}" for name, label in SHOWN.items() if row[name] is not None]
+        note.append(f"tok/s={row['tokens'] / row['seconds']:.0f}")
+        self._progress.update(note=", ".join(note))
 
     def sync(self) -> None:
         """Makes what was written durable; a checkpoint relies on it."""

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 import torch
-from tqdm import tqdm
 
 from megatron_spin.data.batcher import Batcher
 from megatron_spin.errors import GateError
 from megatron_spin.io import atomic_writer, read_json, sha256, write_json
+from megatron_spin.log import Progress
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.pipeline import collect_logps, run_schedule, sum_over_ranks
 
@@ -45,17 +45,16 @@ def score(
     fill = -count % batch_size
     padded = np.concatenate([indices, np.full(fill, indices[0], dtype=indices.dtype)])
     scores = np.zeros((len(padded), batcher.num_answers), dtype=np.float32)
-    bar = tqdm(total=count, desc="scoring", unit="prompt", disable=not (progress and dims.rank == 0))
-    for start in range(0, len(padded), batch_size):
-        batches = batcher.microbatches(padded[start : start + batch_size])
-        collected = run_schedule(collect_logps(), model, batches, forward_only=True)
-        local = torch.zeros(batch_size, batcher.num_answers, device=dims.device)
-        # Only the last pipeline stage collects anything.
-        for batch, logps in zip(batches, collected, strict=False):
-            local[torch.from_numpy(batch.rows)] = logps
-        scores[start : start + batch_size] = sum_over_ranks(local, dims).cpu().numpy()
-        bar.update(min(batch_size, count - start))
-    bar.close()
+    with Progress("scoring", total=count, unit="prompt", shown=progress and dims.rank == 0) as bar:
+        for start in range(0, len(padded), batch_size):
+            batches = batcher.microbatches(padded[start : start + batch_size])
+            collected = run_schedule(collect_logps(), model, batches, forward_only=True)
+            local = torch.zeros(batch_size, batcher.num_answers, device=dims.device)
+            # Only the last pipeline stage collects anything.
+            for batch, logps in zip(batches, collected, strict=False):
+                local[torch.from_numpy(batch.rows)] = logps
+            scores[start : start + batch_size] = sum_over_ranks(local, dims).cpu().numpy()
+            bar.update(min(batch_size, count - start))
     return scores[:count]
 
 
