@@ -10,10 +10,10 @@ from pathlib import Path
 from megatron_spin import cli
 from megatron_spin.errors import RunDirError
 from megatron_spin.io import atomic_writer
-from megatron_spin.phases.guard import played
 from megatron_spin.report.results import Results, read_results
 from megatron_spin.report.table import Table, comparison, markdown
 from megatron_spin.run.directory import RunDir
+from megatron_spin.run.result import num_played
 
 OVERVIEW = ("exact match, sampled", "greedy", "NLL/token", "beats opponent")
 """Titles of the columns that a README shows, besides the models' names and the run's first pattern: six at most."""
@@ -57,7 +57,7 @@ def run_block(results: Results, *, picture: Path, page: Path, short: bool = Fals
     Raises:
         RunDirError: the run has evaluated nothing yet, or has not finished.
     """
-    expected = 1 + len(results.config.baselines) + played(results.config, RunDir(results.root))
+    expected = 1 + len(results.config.baselines) + num_played(results.config, RunDir(results.root))
     if not results.evaluated or len(results.evaluated) < expected:
         raise RunDirError(
             f"{results.root} has not finished, so its figures would be incomplete: "

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from examples.experiments.experiment import Arm, Experiment, read_experiment
 from megatron_spin import cli
 from megatron_spin.errors import ConfigError, SpinError
-from megatron_spin.phases.guard import result_hf
+from megatron_spin.run.result import result_hf
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "examples" / "quickstart"

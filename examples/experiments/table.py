@@ -16,10 +16,10 @@ from megatron_spin.config import at_iteration, load_config
 from megatron_spin.errors import RunDirError
 from megatron_spin.evaluation.record import Evaluation, PatternMeasures
 from megatron_spin.io import atomic_writer, read_json
-from megatron_spin.phases.guard import played, rolled_back
 from megatron_spin.report.results import compared_models
 from megatron_spin.report.table import DASH, Table, markdown
 from megatron_spin.run.directory import RunDir
+from megatron_spin.run.result import num_played, rolled_back
 from scripts.update_readme import replace_block
 
 Value = Callable[[Evaluation], float | None]
@@ -206,7 +206,7 @@ def _complete(run_dir: RunDir) -> bool:
     done = [run_dir.target(baseline=name).done.exists() for name in config.baselines]
     done += [
         run_dir.target(iteration=t).done.exists()
-        for t in range(played(config, run_dir))
+        for t in range(num_played(config, run_dir))
         if t != rolled_back(config, run_dir)
     ]
     return all(done)

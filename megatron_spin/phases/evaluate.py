@@ -3,12 +3,12 @@
 import re
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_spin.config import Config, at_iteration
 from megatron_spin.data.rows import REJECTED, Row, load_rows
 from megatron_spin.data.templates import decode, load_tokenizer
-from megatron_spin.errors import DataError, GateError
+from megatron_spin.errors import DataError
 from megatron_spin.evaluation.answers import EvaluatedModel, greedy_pass, held_out_answers, sampled_pass
 from megatron_spin.evaluation.logps import Comparison, measure_logps
 from megatron_spin.evaluation.metrics import Answer, measure_answers
@@ -16,11 +16,39 @@ from megatron_spin.evaluation.record import Evaluation
 from megatron_spin.evaluation.samples import SHOWN, Answered, PromptAnswers, write_samples
 from megatron_spin.generation.engine import Completion
 from megatron_spin.io import read_json, write_json
-from megatron_spin.run.directory import RunDir
+from megatron_spin.log import logger
+from megatron_spin.phases.opponent import check_made_for, read_opponent
+from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.spin.objective import objective_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+REPORTED = ("nll_per_token", "exact_match_sampled", "exact_match_greedy", "truncated_fraction", "opponent_accuracy")
+"""Keys of ``eval.json`` that the phase reports."""
+
+
+class Evaluate:
+    """The phase."""
+
+    def __init__(self, config: Config, run_dir: RunDir, target: Target) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.target = target
+
+    def check(self) -> None:
+        """Raises CheckpointError: the model has no readable weights."""
+        self._model = EvaluatedModel.of(self.config, self.target)
+
+    def run(self) -> dict[str, Any]:
+        """Measures. Raises as :func:`evaluate`."""
+        evaluation = evaluate(self.config, self.run_dir, self._model)
+        for key in REPORTED:
+            value = evaluation.measure(key).value
+            if value is not None:
+                logger.info(f"  {key:<20} {value:.4f}")
+        return {"model": evaluation.model, "num_prompts": evaluation.num_prompts}
 
 
 def evaluate(config: Config, run_dir: RunDir, model: EvaluatedModel) -> Evaluation:
@@ -87,15 +115,10 @@ def _opponent(config: Config, run_dir: RunDir, model: EvaluatedModel) -> Evaluat
     iteration = model.target.iteration
     if iteration is None or not objective_class(config).compares():
         return None
-    previous = run_dir.target(baseline="sft") if iteration == 0 else run_dir.target(iteration=iteration - 1)
-    opponent = EvaluatedModel.of(config, previous)
-    manifest = read_json(model.target.pairs / "manifest.json")
-    if manifest["opponent"] != opponent.identity:
-        raise GateError(
-            f"{opponent.hf} is model {opponent.identity[:12]}, but iteration {iteration} trained against "
-            f"{manifest['opponent'][:12]}: the export was changed since; restore it"
-        )
-    return opponent
+    opponent = read_opponent(config, run_dir, iteration)
+    check_made_for(opponent, model.target, read_json(model.target.pairs / "manifest.json"), config)
+    target = run_dir.target(baseline="sft") if iteration == 0 else run_dir.target(iteration=iteration - 1)
+    return EvaluatedModel(hf=opponent.hf, target=target, identity=opponent.identity)
 
 
 def _comparison(

@@ -1,7 +1,9 @@
 """The export phase: the latest checkpoint becomes a Hugging Face directory, behind the parity gate."""
 
+import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 from megatron_spin.config import Config
 from megatron_spin.conversion.export import export_hf
@@ -16,11 +18,37 @@ from megatron_spin.conversion.parity import (
 from megatron_spin.conversion.records import Converted
 from megatron_spin.hf.assets import CHECKPOINT_ASSETS
 from megatron_spin.hf.files import read_hf_config
+from megatron_spin.log import logger
 from megatron_spin.models.provider import build_model
 from megatron_spin.parallel.collectives import raised_everywhere
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.layout import alignment
+from megatron_spin.parallel.setup import check_config, choose_device, initialize
+from megatron_spin.processes import world_size
 from megatron_spin.training.checkpoint import load_checkpoint
+
+
+class ExportModel:
+    """The phase, also without a run: the latest step of ``checkpoint`` becomes ``out_dir``."""
+
+    def __init__(self, config: Config, checkpoint: Path, out_dir: Path, *, dtype: str) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+        self.out_dir = out_dir
+        self.dtype = dtype
+
+    def check(self) -> None:
+        """Raises DeviceError, ConfigError, CheckpointError: device, layout or config.json are not as needed."""
+        self._device = choose_device(self.config.device)
+        check_config(self.config, self._device, world_size=world_size())
+
+    def run(self) -> dict[str, Any]:
+        """Exports. Raises as :func:`export_model`."""
+        dims = initialize(self.config.parallel, self._device)
+        result = export_model(self.config, self.checkpoint, self.out_dir, dims=dims, dtype=self.dtype)
+        logger.info(f"export: {self.checkpoint} -> {self.out_dir}, {result}")
+        details = {"identity": result.identity, "dtype": result.dtype, "step": result.step}
+        return {**details, **dataclasses.asdict(result.parity)}
 
 
 def export_model(config: Config, checkpoint: Path, out_dir: Path, *, dims: ParallelDims, dtype: str) -> Converted:

@@ -1,6 +1,8 @@
 """The import phase: a Hugging Face directory becomes the checkpoint of step 0, behind two gates."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 from megatron_spin.config import Config
 from megatron_spin.conversion.identity import identity, streamed_identity
@@ -10,11 +12,34 @@ from megatron_spin.conversion.records import Converted, Parity
 from megatron_spin.errors import CheckpointError, GateError
 from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets, set_dtype
 from megatron_spin.hf.files import read_hf_config
+from megatron_spin.log import logger
 from megatron_spin.models.provider import build_model
 from megatron_spin.parallel.collectives import gather_objects, raised_everywhere
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.layout import alignment
+from megatron_spin.parallel.setup import check_config, choose_device, initialize
+from megatron_spin.processes import world_size
 from megatron_spin.training.checkpoint import latest_step, save_checkpoint
+
+
+class ImportModel:
+    """The phase, also without a run: ``config.model.hf`` becomes ``checkpoint``."""
+
+    def __init__(self, config: Config, checkpoint: Path) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+
+    def check(self) -> None:
+        """Raises DeviceError, ConfigError, CheckpointError: device, layout or config.json are not as needed."""
+        self._device = choose_device(self.config.device)
+        check_config(self.config, self._device, world_size=world_size())
+
+    def run(self) -> dict[str, Any]:
+        """Imports. Raises as :func:`import_model`."""
+        dims = initialize(self.config.parallel, self._device)
+        result = import_model(self.config, self.checkpoint, dims=dims)
+        logger.info(f"import: {self.config.model.hf} -> {self.checkpoint}, {result}")
+        return {"identity": result.identity, "dtype": result.dtype, **dataclasses.asdict(result.parity)}
 
 
 def import_model(config: Config, checkpoint: Path, *, dims: ParallelDims) -> Converted:

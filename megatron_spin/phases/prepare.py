@@ -1,9 +1,42 @@
-"""The prepare phase: what it says of the data that :mod:`megatron_spin.data.preparation` prepared. No torch."""
+"""The prepare phase: writes and reports what :mod:`megatron_spin.data.preparation` prepares. No torch."""
 
 from typing import Any
 
 from megatron_spin.config import Config
+from megatron_spin.data.pairs import TWO_ANSWERS, save_pairs
+from megatron_spin.data.preparation import prepare
 from megatron_spin.data.tokenization import dropped_words
+from megatron_spin.log import logger
+from megatron_spin.run.directory import RunDir
+
+
+class Prepare:
+    """The phase: bad input is refused before the run directory exists, since a mistyped path must not bind it."""
+
+    def __init__(self, config: Config, run_dir: RunDir) -> None:
+        self.config = config
+        self.run_dir = run_dir
+
+    def check(self) -> None:
+        """Does all but writing. Raises as :func:`megatron_spin.data.preparation.prepare`."""
+        self._prepared = prepare(self.config)
+
+    def run(self) -> dict[str, Any]:
+        prepared, manifest = self._prepared, self._prepared.manifest
+        prepared.save(self.run_dir.data)
+        if prepared.pairs is not None:  # the pairs are given; their opponent is the model that the run starts from
+            from megatron_spin.phases.opponent import read_opponent  # here, not above: it imports torch
+
+            opponent = read_opponent(self.config, self.run_dir, 0)
+            save_pairs(
+                self.run_dir.target(iteration=0).pairs,
+                prepared.pairs,
+                answers=TWO_ANSWERS,
+                opponent=opponent.identity,
+                data=manifest["identity"],
+            )
+        logger.info(f"counts of the data:\n{counts_table(manifest, self.config)}")
+        return {"identity": manifest["identity"], "prompts": manifest["counts"]["kept"]}
 
 
 def counts_table(manifest: dict[str, Any], config: Config) -> str:

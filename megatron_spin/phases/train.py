@@ -1,7 +1,6 @@
 """The training phase of one iteration or baseline: inputs and checks, the opponent's scores, then training."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,28 +9,30 @@ import numpy as np
 import torch
 
 from megatron_spin.config import BaselineConfig, Config, at_iteration
-from megatron_spin.conversion.identity import identity, streamed_identity
+from megatron_spin.conversion.identity import streamed_identity
 from megatron_spin.conversion.load import load_hf
 from megatron_spin.conversion.parity import PROBE_FILE, parity_sample
 from megatron_spin.data.batcher import Example
 from megatron_spin.data.pairs import load_pairs
 from megatron_spin.data.rows import load_rows
 from megatron_spin.data.sampler import BatchSampler
-from megatron_spin.errors import GateError, RunDirError
+from megatron_spin.errors import ConfigError, GateError, RunDirError
 from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets
 from megatron_spin.hf.files import read_hf_config
 from megatron_spin.io import read_json
+from megatron_spin.log import logger
 from megatron_spin.parallel.kernels import announce, layer_spec
 from megatron_spin.parallel.layout import alignment
 from megatron_spin.parallel.setup import initialize
-from megatron_spin.phases.guard import played
+from megatron_spin.phases.opponent import check_made_for, read_opponent
+from megatron_spin.processes import world_size
 from megatron_spin.run.directory import RunDir, Target
+from megatron_spin.run.result import num_played
 from megatron_spin.spin.gate import first_loss
 from megatron_spin.spin.objective import (
     AnswerLogps,
     Objective,
     build_objective,
-    num_iterations,
     objective_class,
 )
 from megatron_spin.spin.sft import Sft
@@ -39,6 +40,7 @@ from megatron_spin.training.assembly import Policy, build_policy
 from megatron_spin.training.checkpoint import latest_step, load_checkpoint
 from megatron_spin.training.metrics import MetricsWriter
 from megatron_spin.training.optimizer_state import carry_over_main_weights
+from megatron_spin.training.preflight import check_training
 from megatron_spin.training.schedule import StepPlan
 from megatron_spin.training.scoring import ScoreCache, check_scores
 
@@ -60,24 +62,48 @@ class Inputs:
     """Identity of the pairs; None likewise."""
 
 
+class Train:
+    """The phase; every rank runs it."""
+
+    def __init__(self, config: Config, run_dir: RunDir, target: Target) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.target = target
+
+    def check(self) -> None:
+        """Checks settings and layout, and reads what is trained on. Raises as :func:`read_inputs`."""
+        self._device = check_training(self.config, world_size=world_size())
+        self._inputs = read_inputs(self.config, self.run_dir, self.target)
+
+    def run(self) -> dict[str, Any]:
+        """Trains. Raises as :func:`train`."""
+        train(self.config, self.run_dir, self.target, self._inputs, self._device)
+        details: dict[str, Any] = {"steps": self._inputs.plan.total, "examples": len(self._inputs.examples)}
+        if self.target.baseline is not None:
+            # So that preflight can tell whether a baseline's step count is stale.
+            details["iterations"] = num_played(self.config, self.run_dir)
+        return details
+
+
 def read_inputs(config: Config, run_dir: RunDir, target: Target) -> Inputs:
     """What ``target`` is trained on.
 
     Raises:
-        RunDirError: the target is not in the configuration, an earlier phase has not finished, or the pairs were made
-            by another opponent.
+        ConfigError: the target is the model that the run starts from, which is not trained.
+        RunDirError: an earlier phase has not finished.
+        GateError: the pairs were made for another opponent.
         DataError: there are too few examples for one batch.
     """
     if target.baseline is not None:
         return _baseline_inputs(config, run_dir, target.baseline)
     iteration = target.iteration or 0
-    if not 0 <= iteration < num_iterations(config):
-        raise RunDirError(f"iteration {iteration} is not in 0..{num_iterations(config) - 1}: raise spin.iterations")
     objective = build_objective(config, iteration)
     opponent, pairs_identity = None, None
     if objective.compares():
         pairs, manifest = load_pairs(target.pairs)
-        opponent = _check_pairs_opponent(config, run_dir, target, manifest)
+        model = read_opponent(config, run_dir, iteration)
+        check_made_for(model, target, manifest, config)
+        opponent = model.identity
         pairs_identity = manifest["identity"]
         examples = [Example(pair.prompt_ids, pair.answers) for pair in pairs]
     else:
@@ -98,9 +124,8 @@ def read_inputs(config: Config, run_dir: RunDir, target: Target) -> Inputs:
 
 def _baseline_inputs(config: Config, run_dir: RunDir, name: str) -> Inputs:
     """Continued SFT on the run's own data."""
-    if name not in config.baselines:
-        names = ", ".join(config.baselines) or "none"
-        raise RunDirError(f"baseline {name!r} is not in the config: it has {names} (sft is not trained)")
+    if name == "sft":
+        raise ConfigError("baseline sft is the model that the run starts from: it is evaluated, not trained")
     baseline = config.baselines[name]
     examples = _real_examples(run_dir)
     peak = baseline.learning_rate
@@ -140,27 +165,12 @@ def _baseline_steps(config: Config, run_dir: RunDir, baseline: BaselineConfig) -
     if isinstance(baseline.steps, int):
         return baseline.steps
     steps = 0
-    for iteration in range(played(config, run_dir)):
+    for iteration in range(num_played(config, run_dir)):
         manifest = read_json(run_dir.target(iteration=iteration).pairs / "manifest.json")
         steps += total_steps(config, iteration, manifest["num_pairs"])
     if baseline.steps == "same_sequences":
         steps *= len(objective_class(config).answers)
     return steps
-
-
-def _check_pairs_opponent(config: Config, run_dir: RunDir, target: Target, manifest: dict[str, Any]) -> str:
-    """Identity of the opponent, which must be the model that the pairs were made for."""
-    hf = run_dir.opponent_hf(config, target.iteration or 0)
-    opponent = identity(hf, config.precision.export_dtype)
-    if manifest["opponent"] != opponent:
-        remedy = "use a new --run-dir"
-        if objective_class(config).generates:
-            remedy = f"delete {target.generated} and {target.pairs} and generate again"
-        raise GateError(
-            f"{target.pairs} was made for opponent {manifest['opponent'][:12]}, but {hf} is {opponent[:12]}: "
-            f"restore that model, or {remedy}"
-        )
-    return opponent
 
 
 def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, device: torch.device) -> None:
@@ -170,10 +180,8 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
         GateError: the opponent, its scores or the first loss are not what they must be.
         RunDirError, CheckpointError, DataError: inputs are missing or do not fit.
     """
-    started = time.perf_counter()
     dims = initialize(config.parallel, device)
-    say: Callable[[str], None] = print if dims.rank == 0 else (lambda message: None)
-    say(announce(dims, config))
+    logger.info(announce(dims, config))
     policy = build_policy(
         config,
         inputs.examples,
@@ -181,7 +189,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
         peak=inputs.plan.peak,
         global_batch_size=inputs.sampler.global_batch_size,
     )
-    say(_describe(inputs))
+    logger.info(_describe(inputs))
 
     done = latest_step(target.checkpoints) or 0
     source = run_dir.opponent_checkpoint(target.iteration or 0)
@@ -192,12 +200,12 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
             _check_policy_is_opponent(config, policy, inputs.opponent)
     reference = None
     if inputs.objective.needs_reference:
-        reference = _reference(config, run_dir, target, inputs, policy, fresh=not done, say=say)
+        reference = _reference(config, run_dir, target, inputs, policy, fresh=not done)
         if not done:
             _load_start(config, policy, source, first=first)  # scoring may have put the exported opponent in its place
     gate = None
     if inputs.opponent is not None and not done:
-        gate = _first_loss_gate(config, inputs, policy, reference, say=say)
+        gate = _first_loss_gate(config, inputs, policy, reference)
     state = {
         "opponent": inputs.opponent,
         "pairs": inputs.pairs,
@@ -207,7 +215,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
     if done:
         loaded = load_checkpoint(target.checkpoints, policy.model, dims=dims, optimizer=policy.optimizer)
         _check_same_training(target, state, loaded)
-        say(f"resumed from step {done} of {inputs.plan.total}")
+        logger.info(f"resumed from step {done} of {inputs.plan.total}")
     elif dims.rank == 0:
         copy_assets(source / CHECKPOINT_ASSETS, target.checkpoints / CHECKPOINT_ASSETS)
 
@@ -231,12 +239,6 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
             gate=gate,
         )
     _write_probe(target, policy)
-    if dims.rank == 0:
-        details: dict[str, Any] = {"steps": inputs.plan.total, "examples": len(inputs.examples)}
-        if target.baseline is not None:
-            # So that preflight can tell whether a baseline's step count is stale.
-            details["iterations"] = played(config, run_dir)
-        run_dir.mark_done(f"train:{target.label}", seconds=time.perf_counter() - started, **details)
 
 
 def _describe(inputs: Inputs) -> str:
@@ -279,10 +281,10 @@ def _reference(
     policy: Policy,
     *,
     fresh: bool,
-    say: Callable[[str], None],
 ) -> np.ndarray:
-    """The opponent's scores, [N, r], from the cache or computed now; the policy may hold the opponent's weights
-    afterwards.
+    """The opponent's scores, [N, r], from the cache or computed now.
+
+    The policy may hold the opponent's weights afterwards.
 
     Args:
         fresh: the policy holds the weights that the iteration starts from.
@@ -291,7 +293,7 @@ def _reference(
     cache = ScoreCache(target.pairs, inputs.objective.answers, key)
     scores = cache.load()
     if scores is not None:
-        say(f"opponent scores of {len(scores)} pairs from {cache.file}")
+        logger.info(f"opponent scores of {len(scores)} pairs from {cache.file}")
         return scores
     if not fresh or not _exports_as_it_computes(config):
         opponent_hf = run_dir.opponent_hf(config, target.iteration or 0)
@@ -322,11 +324,11 @@ def _numerics(config: Config, policy: Policy) -> dict[str, Any]:
 
 
 def _first_loss_gate(
-    config: Config, inputs: Inputs, policy: Policy, reference: np.ndarray | None, *, say: Callable[[str], None]
+    config: Config, inputs: Inputs, policy: Policy, reference: np.ndarray | None
 ) -> Callable[[float], None] | None:
     """Checks the scores of the first batch and returns the check of its loss; None where the two need not agree."""
     if reference is not None and not _exports_as_it_computes(config):
-        say(
+        logger.info(
             f"the opponent was exported in {config.precision.export_dtype} and the policy computes in "
             f"{config.precision.dtype}: the first loss need not be that of policy = opponent"
         )
@@ -336,7 +338,7 @@ def _first_loss_gate(
     checked = check_scores(reference, policy.model, policy.batcher, batch, answers=answers, dims=policy.dims)
     scores = torch.from_numpy(checked.fresh if reference is None else reference[batch])
     if reference is not None:
-        say(
+        logger.info(
             f"opponent scores agree with the policy at step 0 within {checked.difference:.1e} nats "
             f"(allowed {checked.tolerance:.1e})"
         )
@@ -363,9 +365,7 @@ def _check_same_training(target: Target, now: dict[str, Any], then: dict[str, An
 
 
 def _write_probe(target: Target, policy: Policy) -> None:
-    """Keeps the trainer's token log-probs of a few sequences beside the checkpoint, for the export gate; a
-    collective.
-    """
+    """Keeps token log-probs of a few sequences beside the checkpoint, for the export gate; a collective."""
     sequences = []
     for example in policy.batcher.examples[:PROBE_EXAMPLES]:
         sequences += [(example.prompt_ids, answer) for answer in example.answers]

@@ -59,6 +59,9 @@ def read_diagnosis(root: Path) -> Diagnosis:
     opponent = evaluation.logps.opponent
     if opponent is None or opponent.accuracy.value is None or opponent.ties is None:
         raise RunDirError(f"{target.eval} compares with no opponent: probe again in a new run directory")
+    trained = run_dir.record("train:0")
+    if trained is None:
+        raise RunDirError(f"{root} has not trained iteration 0: run tools/probe.py again")
     # The shares of the file count ties as lost.
     num_decided = round(evaluation.num_prompts * (1 - opponent.ties))
     accuracy, error = None, None
@@ -67,7 +70,7 @@ def read_diagnosis(root: Path) -> Diagnosis:
         error = math.sqrt(accuracy * (1 - accuracy) / num_decided)
     return Diagnosis(
         differences=differences(real, generated),
-        steps=read_json(run_dir.state)["phases"]["train:0"]["steps"],
+        steps=trained.details["steps"],
         held_out=evaluation.num_prompts,
         accuracy=accuracy,
         accuracy_error=error,

@@ -14,9 +14,10 @@ from megatron_spin.data.rows import load_rows
 from megatron_spin.data.templates import decode, load_tokenizer
 from megatron_spin.errors import RunDirError
 from megatron_spin.evaluation.record import Evaluation
-from megatron_spin.io import read_json, read_json_lines
-from megatron_spin.phases.guard import model_name
+from megatron_spin.io import read_json_lines
 from megatron_spin.run.directory import RunDir, Target
+from megatron_spin.run.result import Result
+from megatron_spin.run.state import snapshot
 from megatron_spin.spin.objective import Objective, num_iterations, objective_class
 
 
@@ -112,7 +113,7 @@ def read_results(root: Path) -> Results:
         RunDirError: it is no run directory, nothing in it has been measured yet, or one of its files is damaged.
     """
     run_dir, config = open_run(root)
-    state = read_json(run_dir.state) if run_dir.state.exists() else {"phases": {}}
+    state = snapshot(run_dir.records())
     phases = state["phases"]
     evaluated = []
     for name, target in compared_models(config, run_dir):
@@ -156,8 +157,8 @@ def compared_models(config: Config, run_dir: RunDir) -> list[tuple[str, Target]]
 
 def _baseline_names(config: Config, run_dir: RunDir) -> dict[str, str]:
     """The display name of each baseline: how many steps it has taken; if that is not unique, its rate, too."""
-    phases = read_json(run_dir.state)["phases"] if run_dir.state.exists() else {}
-    steps = {name.partition(":")[2]: phase["steps"] for name, phase in phases.items() if "steps" in phase}
+    trained = [record for record in run_dir.records() if "steps" in record.details]
+    steps = {record.phase.partition(":")[2]: record.details["steps"] for record in trained}
     names = {}
     for baseline in config.baselines:
         names[baseline] = f"SFT +{steps[baseline]} steps" if baseline in steps else baseline
@@ -177,7 +178,7 @@ def _notes(state: dict[str, Any], objective: type[Objective]) -> list[str]:
             if verdict["tripped"]:
                 notes.append(f"Guard {verdict['guard']} ({verdict['action']}) after {model}: {verdict['said']}.")
     if (result := state.get("result")) is not None:
-        notes.append(f"The result is {model_name(result)} ({result['why']}).")
+        notes.append(f"The result is {Result(**result).name} ({result['why']}).")
     return notes
 
 

@@ -1,21 +1,21 @@
-"""The run directory: where everything lies, and what is done. No torch.
+"""The run directory: where everything is, and what is done. No torch.
 
-Every file that another phase reads is written under a temporary name and renamed, so that it is there whole or not at all; a phase is done
-when ``state.json`` says so, which is written last.
+Every file that another phase reads is written under a temporary name and renamed, so that it is there whole or not at
+all. A phase is done when its record says so; the record is written last.
 """
 
-import contextlib
 import dataclasses
-import datetime
-import fcntl
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_spin import machine
 from megatron_spin.config import Config, to_yaml
-from megatron_spin.io import atomic_writer, read_json, write_json
+from megatron_spin.config.resume import Change
+from megatron_spin.errors import ConfigError
+from megatron_spin.io import atomic_writer
+from megatron_spin.run import state
+from megatron_spin.run.records import PhaseRecord, directory, read_record, write_record
 from megatron_spin.run.resume import check_resume, record_changes
+from megatron_spin.spin.objective import num_iterations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,13 @@ class RunDir:
 
     @property
     def state(self) -> Path:
+        """A snapshot of the records, for scripts; nothing in the package reads it."""
         return self.root / "state.json"
+
+    @property
+    def log(self) -> Path:
+        """What all phases said."""
+        return self.root / "run.log"
 
     @property
     def data(self) -> Path:
@@ -100,57 +106,80 @@ class RunDir:
     def target(self, *, iteration: int | None = None, baseline: str | None = None) -> Target:
         return Target(self.root, iteration, baseline)
 
+    def labelled(self, label: str) -> Target:
+        """The target of a phase ``KIND:LABEL``."""
+        return self.target(iteration=int(label)) if label.isdigit() else self.target(baseline=label)
+
     def opponent_hf(self, config: Config, iteration: int) -> Path:
-        """Hugging Face directory of the opponent of ``iteration``: the model the run began with, then each previous export."""
+        """Hugging Face directory of the opponent: the model that the run starts from, then each previous export."""
         return Path(config.model.hf) if iteration == 0 else self.target(iteration=iteration - 1).hf
 
     def opponent_checkpoint(self, iteration: int) -> Path:
         """Megatron checkpoint directory of the same weights, in the trainer's own precision."""
         return self.base if iteration == 0 else self.target(iteration=iteration - 1).checkpoints
 
-    def open(self, config: Config) -> None:
-        """Creates the run directory, or checks that ``config`` does not contradict it, and records what changed.
+    def check(self, config: Config) -> list[Change]:
+        """What ``config`` changes of the run that is here; changes nothing itself.
 
         Raises:
-            RunDirError: ``config`` contradicts what is in the directory.
+            RunDirError: it is no directory, or ``config`` contradicts what is in it.
         """
-        text = to_yaml(config)
-        if self.config.exists() and self.config.read_text() == text:
-            return
-        changes = check_resume(self, config)
+        if self.config.exists() and self.config.read_text() == to_yaml(config):
+            return []
+        return check_resume(self, config)
+
+    def open(self, config: Config, changes: list[Change] | None = None) -> None:
+        """Creates the run directory, or takes over ``changes`` (None: those of :meth:`check`, which may raise)."""
+        found = self.check(config) if changes is None else changes
         self.root.mkdir(parents=True, exist_ok=True)
-        record_changes(self, changes)
-        with atomic_writer(self.config) as file:
-            file.write(text)
+        state.adopt(self.root)
+        record_changes(self, found)
+        text = to_yaml(config)
+        if not self.config.exists() or self.config.read_text() != text:
+            with atomic_writer(self.config) as file:
+                file.write(text)
+
+    def records(self) -> list[PhaseRecord]:
+        """The records of all phases, in the order in which they finished."""
+        return state.all_records(self.root)
+
+    def record(self, phase: str) -> PhaseRecord | None:
+        """The record of ``phase`` (``prepare``, ``import``, ``generate:0`` ...); None if it has left none."""
+        if directory(self.root).exists():
+            return read_record(self.root, phase)
+        return next((record for record in self.records() if record.phase == phase), None)
 
     def is_done(self, phase: str) -> bool:
-        """Whether ``phase`` (``prepare``, ``import``, ``generate:0`` ...) has finished."""
-        return self.state.exists() and phase in read_json(self.state)["phases"]
+        """Whether ``phase`` has finished."""
+        record = self.record(phase)
+        return record is not None and record.finished is not None
+
+    def write_record(self, record: PhaseRecord) -> None:
+        """Keeps the record of a phase, in place of an earlier one, and brings ``state.json`` up to date."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        state.adopt(self.root)
+        write_record(directory(self.root), record)
+        state.write_snapshot(self.root)
 
     def mark_done(self, phase: str, *, seconds: float, **details: Any) -> None:
-        """Records that ``phase`` has finished, the memory it took, and the machine if it is a new one; the last thing a phase does.
+        """Records that ``phase`` has finished now, after ``seconds`` of wall time; the last thing a phase does."""
+        self.write_record(PhaseRecord.now(phase, seconds=seconds, details=details))
 
-        ``seconds`` of wall time and ``details`` (plain data) are kept. ``peak_memory_gib`` is that of the largest process seen from the calling
-        one: with several ranks, of rank 0.
-        """
-        finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        measured = {
-            "finished": finished,
-            "seconds": round(seconds, 3),
-            "peak_memory_gib": round(machine.peak_memory(), 3),
-        }
-        with self.changing_state() as state:
-            state["phases"][phase] = {**measured, **details}
-            machines: list[str] = state.setdefault("machines", [])
-            if (here := machine.describe()) not in machines:
-                machines.append(here)
 
-    @contextlib.contextmanager
-    def changing_state(self) -> Iterator[dict[str, Any]]:
-        """What ``state.json`` holds, to be changed: written when the block ends without an exception."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / ".state.lock", "w") as lock:  # two tools run by hand must not lose each other's entry
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            state = read_json(self.state) if self.state.exists() else {"phases": {}}
-            yield state
-            write_json(self.state, state)
+def check_target(config: Config, target: Target) -> None:
+    """Refuses a target that the configuration does not have.
+
+    Raises:
+        ConfigError: it has no such iteration or baseline.
+    """
+    count = num_iterations(config)
+    if target.iteration is not None and not 0 <= target.iteration < count:
+        raise ConfigError(
+            f"iteration {target.iteration} is not in this run: it has 0 to {count - 1} (spin.iterations="
+            f"{config.spin.iterations}, training.objective={config.training.objective})"
+        )
+    if target.baseline is not None and target.baseline not in ("sft", *config.baselines):
+        raise ConfigError(
+            f"baseline {target.baseline} is not in this run: it has {', '.join(['sft', *config.baselines])}; add it "
+            "under baselines"
+        )

@@ -3,7 +3,7 @@
 import datetime
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_spin.config import Config, load_config
 from megatron_spin.config.resume import PHASES, Change, changes
@@ -143,9 +143,9 @@ def _differing_config(before: Path, now: Path) -> list[str]:
 def _known_identities(run_dir: "RunDir", old: Config) -> dict[str, str]:
     """Identity of the model that the run began with, by dtype, from each phase that read it."""
     known = {}
-    phases: dict[str, Any] = read_json(run_dir.state)["phases"] if run_dir.state.exists() else {}
-    if "import" in phases:
-        known[phases["import"]["dtype"]] = phases["import"]["identity"]
+    imported = run_dir.record("import")
+    if imported is not None:
+        known[imported.details["dtype"]] = imported.details["identity"]
     start = run_dir.target(baseline="sft")
     if start.eval.exists():
         known[old.precision.export_dtype] = read_json(start.eval)["model"]

@@ -21,10 +21,11 @@ from megatron_spin.data.rows import load_rows
 from megatron_spin.hf.logps import hf_token_logps
 from megatron_spin.hf.model import load_model
 from megatron_spin.report.diagnosis import read_diagnosis
+from megatron_spin.run.directory import RunDir
 from tests.support.processes import survivors
+from tests.support.runs import REPOSITORY, environment, forget, metrics, one_line
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 DRIVER = str(REPOSITORY / "tools/spin.sh")
 EVAL_KEYS = {
     "nll_per_token", "exact_match_sampled", "exact_match_greedy", "mean_response_tokens", "mean_real_tokens", "truncated_fraction",
@@ -74,30 +75,29 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-
-
 def spin(place: Path, *arguments: str, timeout: float = 600) -> Finished:
     """Runs the driver in ``place`` to its end."""
     command = [DRIVER, "spin.yaml", *arguments]
     return subprocess.run(
-        command, cwd=place, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        command,
+        cwd=place,
+        env=environment(PYTHON=sys.executable),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
 def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([DRIVER, "spin.yaml", *arguments], cwd=place, env=environment(), text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(
+        [DRIVER, "spin.yaml", *arguments], cwd=place, env=environment(PYTHON=sys.executable), text=True, **pipes
+    )  # type: ignore[call-overload,no-any-return]
 
 
 def without_clocks(value: dict[str, Any]) -> dict[str, Any]:
     return {key: item for key, item in value.items() if key not in CLOCKS}
-
-
-def metrics(target: Path) -> list[dict[str, Any]]:
-    """The metrics of each step of one training."""
-    return [without_clocks(json.loads(line)) for line in (target / "metrics.jsonl").read_text().splitlines()]
 
 
 def results(
@@ -106,7 +106,7 @@ def results(
     """Everything measured in a run: the metrics of each step and the evaluations."""
     found: dict[str, Any] = {}
     for target in targets:
-        found[target] = metrics(run_dir / target)
+        found[target] = metrics(run_dir / target / "metrics.jsonl")
         found[f"{target}/eval"] = without_clocks(json.loads((run_dir / target / "eval.json").read_text()))
     return found
 
@@ -118,14 +118,6 @@ def finished(workplace: Path) -> tuple[Path, float]:
     ran = spin(workplace, "--run-dir", "undisturbed")
     assert ran.returncode == 0, f"{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
     return workplace / "undisturbed", time.monotonic() - started
-
-
-def one_line_error(ran: Finished, status: int = 2) -> str:
-    """The one line on stderr of a run that ended with ``status``."""
-    assert ran.returncode == status, f"{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}"
-    errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in ran.stderr, ran.stderr
-    return errors[0]
 
 
 def test_self_play_leaves_what_the_contract_names(finished: tuple[Path, float]) -> None:
@@ -229,7 +221,13 @@ def test_the_probe_tool(workplace: Path) -> None:
     ]
     for _ in range(2):  # the second time everything is there
         ran = subprocess.run(
-            command, cwd=workplace, env=environment(), capture_output=True, text=True, timeout=600, check=False
+            command,
+            cwd=workplace,
+            env=environment(PYTHON=sys.executable),
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
         )
         assert ran.returncode == 0, f"{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
         assert "After 2 steps the policy wins" in ran.stdout
@@ -237,13 +235,13 @@ def test_the_probe_tool(workplace: Path) -> None:
     refused = subprocess.run(
         [*command, "--steps", "0"],
         cwd=workplace,
-        env=environment(),
+        env=environment(PYTHON=sys.executable),
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert one_line_error(refused) == "error: --steps 0 must be greater than 0"
+    assert one_line(refused, 2) == "error: --steps 0 must be greater than 0"
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(workplace: Path) -> None:
@@ -285,7 +283,7 @@ def test_one_driver_a_run_directory_and_a_clean_stop(workplace: Path) -> None:
         while not (workplace / "busy/logs/prepare.log").exists():
             assert driver.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
-        error = one_line_error(spin(workplace, "--run-dir", "busy", timeout=30))
+        error = one_line(spin(workplace, "--run-dir", "busy", timeout=30), 2)
         assert f"busy is in use by another driver (process {driver.pid})" in error
         driver.send_signal(signal.SIGTERM)
         output, _ = driver.communicate(timeout=60)
@@ -308,25 +306,20 @@ def test_one_driver_a_run_directory_and_a_clean_stop(workplace: Path) -> None:
 )
 def test_mistakes_cost_one_line_and_leave_nothing(workplace: Path, arguments: list[str], message: str) -> None:
     ran = spin(workplace, "--run-dir", "mistake", *arguments, timeout=60)
-    assert message in one_line_error(ran) and len(ran.stderr.splitlines()) == 1
+    assert message in one_line(ran, 2) and len(ran.stderr.splitlines()) == 1
     assert not (workplace / "mistake").exists()
 
 
 def test_another_configuration_is_refused(finished: tuple[Path, float], workplace: Path) -> None:
     ran = spin(workplace, "--run-dir", "undisturbed", "spin.beta=0.9", "spin.iterations=3", timeout=60)
-    assert "other values of spin.beta" in one_line_error(ran)
+    assert "other values of spin.beta" in one_line(ran, 2)
 
 
 def back_to_training(source: Path, copy: Path) -> Path:
     """A copy of a finished run in which iteration 0 has been generated and nothing after it has been done."""
     shutil.copytree(source, copy)
-    state = json.loads((copy / "state.json").read_text())
-    state["phases"] = {
-        phase: done
-        for phase, done in state["phases"].items()
-        if phase in ("prepare", "import", "evaluate:sft", "generate:0")
-    }
-    (copy / "state.json").write_text(json.dumps(state))
+    before = ("prepare", "import", "evaluate:sft", "generate:0")
+    forget(copy, *(record.phase for record in RunDir(copy).records() if record.phase not in before))
     for name in ("checkpoints", "hf", "metrics.jsonl", "eval.json", "DONE"):
         path = copy / "iteration_0" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -338,7 +331,7 @@ def test_a_ranks_message_reaches_the_user(finished: tuple[Path, float], workplac
     tracker = broken / "base/latest_checkpointed_iteration.txt"
     tracker.write_text("garbage\n")
     ran = spin(workplace, "--run-dir", "broken", "--until", "train:0")
-    assert "base" in one_line_error(ran)
+    assert "base" in one_line(ran, 2)
     assert (
         "ChildFailedError" not in ran.stdout and "ChildFailedError" in (broken / "logs/train_0.ranks.log").read_text()
     )
@@ -381,7 +374,7 @@ def test_nothing_outlives_a_kill_after_a_checkpoint(finished: tuple[Path, float]
 
     ran = spin(workplace, *arguments)
     assert ran.returncode == 0, ran.stderr
-    assert [row["step"] for row in metrics(run_dir / "iteration_0")] == list(range(1, 31))
+    assert [row["step"] for row in metrics(run_dir / "iteration_0/metrics.jsonl")] == list(range(1, 31))
 
 
 def test_a_gate_stops_the_run_with_status_1(finished: tuple[Path, float], workplace: Path) -> None:
@@ -390,6 +383,4 @@ def test_a_gate_stops_the_run_with_status_1(finished: tuple[Path, float], workpl
     content = json.loads(manifest.read_text())
     content["opponent"] = f"{int(content['opponent'][0], 16) ^ 1:x}{content['opponent'][1:]}"  # one bit
     manifest.write_text(json.dumps(content))
-    assert "was made for opponent" in one_line_error(
-        spin(workplace, "--run-dir", "forged", "--until", "train:0"), status=1
-    )
+    assert "was made for opponent" in one_line(spin(workplace, "--run-dir", "forged", "--until", "train:0"), status=1)

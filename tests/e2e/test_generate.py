@@ -13,7 +13,7 @@ from megatron_spin.data.pairs import load_pairs
 from megatron_spin.errors import ConfigError, DeviceError, RunDirError
 from megatron_spin.generation.engine import EngineSettings, answer_caps, open_session
 from megatron_spin.io import read_json, sha256, write_json
-from megatron_spin.phases.generate import generate_iteration
+from megatron_spin.phases.generate import Generate
 from megatron_spin.run.directory import RunDir
 from tests.support.runs import run_tool, tiny_yaml
 from tests.support.tiny import EOS, SPECIAL, tiny_model
@@ -196,6 +196,13 @@ def copy(done, tmp_path):
     return load_config(config), RunDir(tmp_path / "run")
 
 
+def generate(config, run_dir, iteration):
+    """Carries out the phase, also if it is done, and returns what its record says."""
+    phase = Generate(config, run_dir, run_dir.target(iteration=iteration))
+    phase.check()
+    return phase.run()
+
+
 def shards(run_dir, iteration=0):
     return {path.name: sha256(path) for path in (run_dir.root / f"iteration_{iteration}" / "generated").glob("shard_*")}
 
@@ -223,7 +230,7 @@ def test_several_answers_a_prompt(copy):
     config, run_dir = copy
     config = dataclasses.replace(config, generation=dataclasses.replace(config.generation, samples=2, shard_size=64))
     shutil.rmtree(run_dir.target(iteration=0).generated)
-    generate_iteration(config, run_dir, 0)
+    generate(config, run_dir, 0)
     pairs, manifest = load_pairs(run_dir.target(iteration=0).pairs)
     assert manifest["counts"]["own"] == 80
     first, second = pairs[:40], pairs[40:]
@@ -235,7 +242,7 @@ def test_several_answers_a_prompt(copy):
     )  # a shard with both answers of some prompts
     assert len(before) == 4
     answers.unlink()
-    assert generate_iteration(config, run_dir, 0)["generated_now"] == 1 and shards(run_dir) == before
+    assert generate(config, run_dir, 0)["generated_now"] == 1 and shards(run_dir) == before
 
 
 @pytest.mark.parametrize("damage", ["one token", "half a manifest", "no manifest", "a temporary file"])
@@ -253,7 +260,7 @@ def test_damaged_shards_are_generated_again(copy, damage):
         manifest.unlink()
     else:
         (directory / ".shard_00003.jsonl.1.tmp").write_text("half")
-    details = generate_iteration(config, run_dir, 0)
+    details = generate(config, run_dir, 0)
     assert details["generated_now"] == (damage != "a temporary file")
     assert shards(run_dir) == before
     assert not list(directory.glob(".*"))
@@ -265,20 +272,20 @@ def test_another_opponent_is_refused(copy, tmp_path):
     manifest = run_dir.target(iteration=0).generated / "shard_00002.json"
     write_json(manifest, {**read_json(manifest), "opponent": "0" * 64})
     with pytest.raises(RunDirError, match=r"shard_00002.json has opponent=000000000000\.\.\., where this run has"):
-        generate_iteration(config, run_dir, 0)
+        generate(config, run_dir, 0)
 
 
 def test_the_opponent_must_be_what_was_exported(copy):
     config, run_dir = copy
     hf = run_dir.target(iteration=0).hf
     with pytest.raises(RunDirError, match="iteration 0 must be trained and exported first"):
-        generate_iteration(config, run_dir, 1)
+        generate(config, run_dir, 1)
     shutil.copytree(config.model.hf, hf)
     run_dir.mark_done("export:0", seconds=0, identity="1" * 64)
     with pytest.raises(RunDirError, match=r"but iteration 0 exported 111111111111\.\.\."):
-        generate_iteration(config, run_dir, 1)
+        generate(config, run_dir, 1)
     run_dir.mark_done("export:0", seconds=0, identity=identity(hf, "fp32"))
-    generate_iteration(config, run_dir, 1)
+    generate(config, run_dir, 1)
     pairs, manifest = load_pairs(run_dir.target(iteration=1).pairs)
     assert manifest["counts"]["own"] == manifest["counts"]["previous"] == 40
     assert [pair.iteration for pair in pairs] == [1] * 40 + [0] * 40
@@ -290,7 +297,7 @@ def test_the_opponent_must_be_what_was_exported(copy):
 def test_iteration_that_is_not_there(done):
     result = run_tool("generate.py", done[0], "--run-dir", done[1], "--iteration", 2, check=False)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: iteration 2 has nothing to generate")
+    assert result.stderr.startswith("error: iteration 2 is not in this run: it has 0 to 1 (spin.iterations=2")
 
 
 def test_before_prepare(done, tmp_path):

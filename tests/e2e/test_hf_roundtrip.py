@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_spin.conversion.identity import identity
 from megatron_spin.run.directory import RunDir
 from tests.support.roundtrip import assert_same_model, make_model, read_weights
-from tests.support.runs import command, environment, run_tool, tiny_yaml
+from tests.support.runs import command, environment, one_line, run_tool, tiny_yaml
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,6 @@ def checkpoint(mistral, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint") / "base"
     run_tool("import_hf.py", "--hf", mistral, "--checkpoint", directory)
     return directory
-
-
-def one_line(result: subprocess.CompletedProcess[str], status: int) -> str:
-    """The error line of a tool that ended with ``status``."""
-    assert result.returncode == status, (result.returncode, result.stdout[-1000:], result.stderr[-3000:])
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr[-3000:]
-    return lines[0]
 
 
 def test_there_and_back_is_bitwise_equal(mistral, checkpoint, tmp_path) -> None:

@@ -13,7 +13,7 @@ from megatron_spin.data.pairs import load_pairs
 from megatron_spin.io import read_json, sha256
 from megatron_spin.run.directory import RunDir
 from tests.support.processes import survivors
-from tests.support.runs import command, environment, run_tool, tiny_yaml
+from tests.support.runs import command, environment, forget, run_tool, tiny_yaml
 
 KILLS = 3
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -82,7 +82,7 @@ def test_killed_in_the_middle_of_a_write(tmp_path, moment):
         (directory / ".shard_00002.jsonl.99.tmp").write_bytes(answers.read_bytes()[:100])
         answers.unlink()
     (run / "iteration_0" / "pairs" / "manifest.json").unlink()
-    (run / "state.json").write_text('{"phases": {}}')
+    forget(run, "generate:0")
     run_tool("generate.py", config, "--run-dir", run, "--iteration", 0)
     assert shards(run) == expected
     assert (run / "iteration_0" / "pairs" / "manifest.json").read_bytes() == pairs

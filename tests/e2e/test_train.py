@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from megatron_spin.io import sha256
-from tests.support.runs import REPOSITORY, command, environment, metrics, run_tool
+from tests.support.runs import REPOSITORY, command, environment, forget, metrics, one_line, run_tool
 
 STEPS = 5  # 40 pairs, 8 a step, one epoch
 
@@ -27,13 +27,6 @@ def weights(run):
     """SHA-256 of the final checkpoint's tensor files."""
     sums = json.loads((run / f"iteration_0/checkpoints/iter_{STEPS:07d}/checksums.json").read_text())
     return {name: value for name, value in sums.items() if name.endswith(".distcp")}
-
-
-def one_line(result):
-    assert result.returncode in (1, 2), result.stderr[-3000:]
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr[-3000:]
-    return errors[0]
 
 
 def test_first_loss_is_loss_of_zero_and_the_rows_hold_the_contract(trained):
@@ -95,9 +88,7 @@ def stop_after(run, step):
     """Makes a finished run one that was stopped after the checkpoint of ``step``."""
     (run / "iteration_0/checkpoints/latest_checkpointed_iteration.txt").write_text(str(step))
     shutil.rmtree(run / f"iteration_0/checkpoints/iter_{STEPS:07d}")
-    state = json.loads((run / "state.json").read_text())
-    del state["phases"]["train:0"]
-    (run / "state.json").write_text(json.dumps(state))
+    forget(run, "train:0")
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -121,9 +112,7 @@ def test_a_checkpoint_of_another_training_is_not_gone_on_with(fresh):
     run_tool("train.py", *arguments, "baselines.sft_continued.steps=4")
     checkpoints = run / "baselines/sft_continued/checkpoints"
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
-    state = json.loads((run / "state.json").read_text())
-    del state["phases"]["train:sft_continued"]
-    (run / "state.json").write_text(json.dumps(state))
+    forget(run, "train:sft_continued")
     result = run_tool("train.py", *arguments, "baselines.sft_continued.steps=6", check=False)
     assert result.returncode == 2 and "other values of baselines.sft_continued.steps" in one_line(result)
     # Even if the run's configuration says nothing of the change, the checkpoint does.

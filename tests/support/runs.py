@@ -47,8 +47,23 @@ def run_tool(
     return result
 
 
+def one_line(result: subprocess.CompletedProcess[str], status: int | None = None) -> str:
+    """The one error line of a run that ended with ``status``; None: with 1 or 2."""
+    expected = (1, 2) if status is None else (status,)
+    assert result.returncode in expected, f"{result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr[-3000:]
+    return lines[0]
+
+
+def forget(run: Path, *phases: str) -> None:
+    """Makes ``phases`` of a run ones that have not run, as if they had been killed before their end."""
+    for phase in phases:
+        (run / "phases" / f"{phase.replace(':', '_')}.json").unlink()
+
+
 def tiny_yaml(directory: Path, **sections: Any) -> Path:
-    """Writes a tiny model, its SFT data and a configuration that trains in seconds into ``directory``; returns the configuration's path."""
+    """Writes a tiny model, its SFT data and a configuration that trains in seconds; returns the configuration's path."""
     tiny_model(directory / "model")
     write_jsonl(directory / "train.jsonl", sft_rows(40, seed=1))
     write_jsonl(directory / "eval.jsonl", sft_rows(8, seed=2))

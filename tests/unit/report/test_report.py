@@ -127,11 +127,11 @@ def run(tmp_path: Path) -> RunDir:
     for label, steps in (("0", 8), ("1", 8), ("sft_continued", 16), ("sft_continued_2x", 32)):
         run_dir.mark_done(f"train:{label}", seconds=10.0, steps=steps, examples=4)
     run_dir.mark_done("evaluate:0", seconds=5.0)
-    state = read_json(run_dir.state)  # what each took is this process's own; a number that a test can name
-    for phase, memory in (("train:0", 1.5), ("train:1", 2.5)):
-        state["phases"][phase]["peak_memory_gib"] = memory
-    del state["phases"]["prepare"]["peak_memory_gib"]  # as written before it was recorded
-    write_json(run_dir.state, state)
+    # What each took is this process's own: numbers that a test can name, and none, as before it was recorded.
+    for phase, memory in (("train:0", 1.5), ("train:1", 2.5), ("prepare", None)):
+        record = run_dir.record(phase)
+        assert record is not None
+        run_dir.write_record(dataclasses.replace(record, peak_memory_gib=memory))
     return run_dir
 
 
@@ -368,9 +368,9 @@ def test_a_readme_without_the_markers(tmp_path: Path, text: str) -> None:
 
 def test_a_run_names_each_machine_it_ran_on_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = RunDir(tmp_path)
-    for name in ("here", "here", "there"):
+    for phase, name in (("prepare", "here"), ("import", "here"), ("train:0", "there")):
         monkeypatch.setattr(machine, "describe", lambda name=name: name)
-        run_dir.mark_done("prepare", seconds=1.0)
+        run_dir.mark_done(phase, seconds=1.0)
     assert read_json(run_dir.state)["machines"] == ["here", "there"]
 
 

@@ -109,9 +109,9 @@ def test_a_contradiction_is_refused_by_name_and_changes_nothing(tmp_path: Path, 
 def test_preflight_and_phases_refuse_in_the_same_words(tmp_path: Path, raw: dict[str, Any]) -> None:
     run_dir = prepared(tmp_path, raw)
     config = changed(raw, "data", seed=9)
-    plan = Plan(config, run_dir, arguments=["c.yaml"], tools=Path("tools"))
+    plan = Plan(config, run_dir)
     with pytest.raises(RunDirError) as at_start:
-        check(plan, plan.steps())
+        check(plan, plan.phases())
     with pytest.raises(RunDirError) as in_phase:
         run_dir.open(config)
     assert str(at_start.value) == str(in_phase.value)

@@ -1,6 +1,7 @@
 """The guard phase on the files of an iteration: what it records, and that it can be run again at any time."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,9 +12,13 @@ import pytest
 from megatron_spin.config import Config, from_dict
 from megatron_spin.errors import GuardError, RunDirError
 from megatron_spin.io import read_json, write_json
-from megatron_spin.phases.guard import guard, played, result, result_hf, rolled_back, settled
+from megatron_spin.phases.frame import carry_out
+from megatron_spin.phases.guard import Guard
 from megatron_spin.run.directory import RunDir
+from megatron_spin.run.result import COMPLETE, is_settled, num_played, result_hf, result_of, rolled_back
 from tests.unit.evaluation.test_guards import curve, evaluation
+
+pytestmark = pytest.mark.usefixtures("narration")
 
 
 def config_of(tmp_path: Path, **guards: Any) -> Config:
@@ -26,9 +31,15 @@ def config_of(tmp_path: Path, **guards: Any) -> Config:
     return from_dict({**raw, "spin": {"iterations": 3}, "guards": guards})
 
 
+def guard(config: Config, run_dir: RunDir, iteration: int) -> None:
+    """Carries out the guard phase."""
+    target = run_dir.target(iteration=iteration)
+    carry_out("guard", config, run_dir, lambda: Guard(config, run_dir, target), target=target)
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDir:
-    """A run whose first iteration is healthy; the held-out NLL of the second is twice as high."""
+    """A run whose first iteration is healthy and complete; the held-out NLL of the second is twice as high."""
     run_dir = RunDir(tmp_path / "run")
     write_json(run_dir.target(baseline="sft").eval, evaluation().to_json())
     for iteration, nll in enumerate((0.9, 1.8)):
@@ -41,13 +52,19 @@ def run_dir(tmp_path: Path) -> RunDir:
     return run_dir
 
 
+def complete(run_dir: RunDir, config: Config, iteration: int) -> None:
+    """Records the end of an iteration, as the rotate phase does."""
+    result = dataclasses.asdict(result_of(config, run_dir, iteration, COMPLETE))
+    run_dir.mark_done(f"rotate:{iteration}", seconds=1.0, result=result)
+
+
 def test_a_healthy_iteration_passes_with_its_figures(
     run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(tmp_path)
     guard(config, run_dir, 0)
     record = read_json(run_dir.state)["guards"]["0"]
-    assert record["outcome"] == "pass" and len(record["verdicts"]) == 7 and settled(config, run_dir, 0)
+    assert record["outcome"] == "pass" and len(record["verdicts"]) == 7 and is_settled(config, run_dir, 0)
     assert {verdict["guard"]: verdict["value"] for verdict in record["verdicts"]}["nll_rise"] == pytest.approx(-0.1)
     shown = capsys.readouterr()
     assert not shown.err and shown.out.count(" ok ") == 7
@@ -58,9 +75,9 @@ def test_a_rollback_goes_to_the_iteration_before(
 ) -> None:
     config = config_of(tmp_path, nll_rise={"action": "rollback"})
     guard(config, run_dir, 0)
-    assert rolled_back(config, run_dir) is None and played(config, run_dir) == 3
+    assert rolled_back(config, run_dir) is None and num_played(config, run_dir) == 3
     guard(config, run_dir, 1)
-    assert rolled_back(config, run_dir) == 1 and played(config, run_dir) == 2
+    assert rolled_back(config, run_dir) == 1 and num_played(config, run_dir) == 2
     entry = read_json(run_dir.state)["result"]
     assert entry == {"hf": "iteration_0/hf", "iteration": 0, "why": "iteration 1 was rolled back (nll_rise)"}
     shown = capsys.readouterr().err
@@ -68,7 +85,7 @@ def test_a_rollback_goes_to_the_iteration_before(
         f"the result is iteration 0, {tmp_path}/run/iteration_0/hf (iteration 1 was" in shown
         and "no later iteration is run" in shown
     )
-    assert rolled_back(config_of(tmp_path), run_dir) is None and not settled(config_of(tmp_path), run_dir, 1)
+    assert rolled_back(config_of(tmp_path), run_dir) is None and not is_settled(config_of(tmp_path), run_dir, 1)
 
 
 def test_a_result_moves_with_the_run_and_the_model_it_began_with_stays(
@@ -76,44 +93,48 @@ def test_a_result_moves_with_the_run_and_the_model_it_began_with_stays(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # both are mostly given relative to where the user stands
     config, run_dir = from_dict({"name": "n", "model": {"hf": "model"}, "data": {"path": "d"}}), RunDir(Path("run"))
-    run_dir.mark_done("rotate:0", seconds=1.0)
+    run_dir.mark_done("train:0", seconds=1.0)
     with pytest.raises(RunDirError, match="run has no result yet"):
         result_hf(run_dir)
     for iteration, stored, moved in (
         (0, "iteration_0/hf", "moved/iteration_0/hf"),
         (None, str(tmp_path / "model"), "model"),
     ):
-        with run_dir.changing_state() as state:
-            state["result"] = result(config, run_dir, iteration, "w")
+        run_dir.mark_done(
+            "rotate:0", seconds=1.0, result=dataclasses.asdict(result_of(config, run_dir, iteration, "w"))
+        )
         assert read_json(run_dir.state)["result"]["hf"] == stored
         os.rename("run", "moved")
         assert result_hf(RunDir(Path("moved"))) == tmp_path / moved
         os.rename("moved", "run")
     began_inside = from_dict({"name": "n", "model": {"hf": str(tmp_path / "run/model")}, "data": {"path": "d"}})
-    assert result(began_inside, run_dir, None, "w")["hf"] == "model"
+    assert result_of(began_inside, run_dir, None, "w").hf == "model"
 
 
 @pytest.mark.parametrize("action", ["warn", "stop"])
 def test_a_rollback_that_is_lifted_leaves_no_result_behind(run_dir: RunDir, tmp_path: Path, action: str) -> None:
+    complete(run_dir, config_of(tmp_path), 0)
     guard(config_of(tmp_path, nll_rise={"action": "rollback"}), run_dir, 1)
     lifted = config_of(tmp_path, nll_rise={"action": action})
     with contextlib.suppress(GuardError):
         guard(lifted, run_dir, 1)
     entry = read_json(run_dir.state)["result"]
     assert (entry["iteration"], entry["why"]) == (0, "the last iteration that is complete")
-    assert played(lifted, run_dir) == 3
+    assert num_played(lifted, run_dir) == 3
 
 
 def test_killed_between_judgement_and_mark_it_judges_again(run_dir: RunDir, tmp_path: Path) -> None:
     config = config_of(tmp_path, nll_rise={"action": "rollback"})
     guard(config, run_dir, 1)
     whole = read_json(run_dir.state)
-    with run_dir.changing_state() as state:
-        del state["phases"]["guard:1"]
-    assert not settled(config, run_dir, 1) and rolled_back(config, run_dir) is None
+    judged = run_dir.record("guard:1")
+    assert judged is not None
+    run_dir.write_record(dataclasses.replace(judged, finished=None))
+    assert "guard:1" not in read_json(run_dir.state)["phases"]
+    assert not is_settled(config, run_dir, 1) and rolled_back(config, run_dir) is None
     guard(config, run_dir, 1)
     again = read_json(run_dir.state)
-    assert again["guards"] == whole["guards"] and again["result"] == whole["result"] and settled(config, run_dir, 1)
+    assert again["guards"] == whole["guards"] and again["result"] == whole["result"] and is_settled(config, run_dir, 1)
 
 
 def test_a_stop_is_recorded_and_no_earlier_judgement_lets_it_pass(run_dir: RunDir, tmp_path: Path) -> None:
@@ -124,7 +145,7 @@ def test_a_stop_is_recorded_and_no_earlier_judgement_lets_it_pass(run_dir: RunDi
             GuardError, match=r"guard nll_rise: held-out NLL .*threshold is 0\.05: .* guards\.nll_rise\.action=warn"
         ):
             guard(stop, run_dir, 1)
-        assert not settled(stop, run_dir, 1) and read_json(run_dir.state)["guards"]["1"]["outcome"] == "stop"
+        assert not is_settled(stop, run_dir, 1) and read_json(run_dir.state)["guards"]["1"]["outcome"] == "stop"
 
 
 def test_what_cannot_be_seen_is_said_once(run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

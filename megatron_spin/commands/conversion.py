@@ -1,13 +1,20 @@
-"""The command line that both conversion tools share. No torch."""
+"""What the two conversion commands share: arguments, and the run that a conversion may be a phase of."""
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 
 from megatron_spin.config import Config, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, load_config
 from megatron_spin.errors import ConfigError
 from megatron_spin.run.directory import RunDir
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The run that a conversion is a phase of."""
+
+    config: Config
+    run_dir: RunDir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="with torchrun: ranks a layer (default: 1)",
+        help="with torchrun: ranks per layer (default: 1)",
     )
     parser.add_argument(
         "--pipeline-model-parallel-size",
@@ -36,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --config: overrides with dots")
 
 
-def read_run(arguments: argparse.Namespace) -> tuple[Config, RunDir] | None:
-    """Config and run directory (created, or checked) of ``--config``; None without.
+def read_run(arguments: argparse.Namespace) -> Run | None:
+    """The run of ``--config``; None without.
 
     Raises:
         ConfigError: ``--run-dir`` or overrides without ``--config``, or a bad config.
@@ -49,19 +56,33 @@ def read_run(arguments: argparse.Namespace) -> tuple[Config, RunDir] | None:
             )
         return None
     config = load_config(arguments.config, arguments.overrides)
-    run_dir = RunDir(arguments.run_dir or Path("runs") / config.name)
-    if os.environ.get("RANK", "0") == "0":
-        run_dir.open(config)
-    return config, run_dir
+    return Run(config, RunDir(arguments.run_dir or Path("runs") / config.name))
 
 
-def conversion_config(arguments: argparse.Namespace, run: Config | None, *, hf_dir: Path, dtype: str) -> Config:
-    """The configuration to build the model with: the run's, or defaults, but ``hf_dir``, ``dtype`` and the command line's layout."""
+def check_is_own(given: Path | None, own: Path) -> None:
+    """Refuses a path that is not the run's own.
+
+    Raises:
+        ConfigError: it is another.
+    """
+    if given is not None and given.resolve() != own.resolve():
+        raise ConfigError(f"{given} is not this run's {own}: leave --checkpoint and --hf out, or leave --config out")
+
+
+def conversion_config(arguments: argparse.Namespace, run: Run | None, *, hf_dir: Path, dtype: str) -> Config:
+    """The configuration to build the model with: the run's or defaults, with ``hf_dir``, ``dtype`` and the layout.
+
+    Raises:
+        ConfigError: a parallel size is less than 1.
+    """
     sizes = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
     if min(sizes) < 1:
         raise ConfigError(f"parallel sizes {sizes[0]} and {sizes[1]} must be at least 1")
-    # A conversion reads no data, but every configuration names some.
-    base = run or Config(name="conversion", model=ModelConfig(hf=str(hf_dir)), data=DataConfig(path=""))
+    if run is not None:
+        base = run.config
+    else:
+        # A conversion reads no data, but every configuration names some.
+        base = Config(name="conversion", model=ModelConfig(hf=str(hf_dir)), data=DataConfig(path=""))
     return dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, hf=str(hf_dir)),

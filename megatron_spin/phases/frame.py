@@ -1,0 +1,61 @@
+"""The frame of every phase: it is checked, run and recorded in one way. No torch."""
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from megatron_spin.config import Config
+from megatron_spin.log import logger, open_run_log
+from megatron_spin.processes import rank
+from megatron_spin.run.directory import RunDir, Target, check_target
+from megatron_spin.run.result import is_done
+
+
+class Phase(Protocol):
+    """What differs between phases. Every rank makes one and calls both methods, in this order."""
+
+    def check(self) -> None:
+        """Refuses what can be refused before anything is written; writes nothing itself.
+
+        Raises:
+            SpinError: something is missing, or cannot be done as configured.
+        """
+
+    def run(self) -> dict[str, Any]:
+        """Does the work; returns what the record says of it, as plain data. That of rank 0 is recorded.
+
+        Raises:
+            SpinError: the work cannot be done, or a gate or guard refuses its outcome. The phase is not done.
+        """
+
+
+def carry_out(
+    kind: str, config: Config, run_dir: RunDir, start: Callable[[], Phase], *, target: Target | None = None
+) -> None:
+    """Runs the phase ``KIND`` or ``KIND:LABEL`` of ``target``, unless it is done, and records it.
+
+    ``start`` makes the phase. It is called only if there is something to do, since it imports what the phase needs.
+
+    Raises:
+        ConfigError: the configuration has no such target.
+        RunDirError: the run directory belongs to another configuration.
+        SpinError: as the phase raises.
+    """
+    name = kind if target is None else f"{kind}:{target.label}"
+    changes = run_dir.check(config) if rank() == 0 else []
+    if target is not None:
+        check_target(config, target)
+    if is_done(config, run_dir, name):
+        logger.info(f"{name} is already done")
+        return
+    started = time.monotonic()
+    phase = start()
+    phase.check()
+    if rank() == 0:
+        run_dir.open(config, changes)
+    open_run_log(run_dir.log, phase=name)
+    details = phase.run()
+    if rank() == 0:
+        seconds = time.monotonic() - started
+        run_dir.mark_done(name, seconds=seconds, **details)
+        logger.info(f"{name} finished in {seconds:.1f} s")

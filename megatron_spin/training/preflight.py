@@ -1,0 +1,22 @@
+"""What training refuses before anything is started."""
+
+import torch
+
+from megatron_spin.config import Config
+from megatron_spin.parallel.setup import check_config, choose_device
+
+
+def check_training(config: Config, *, world_size: int) -> torch.device:
+    """Checks device, formats, layout, batch and optimizer; returns the device, ready for Megatron to be imported.
+
+    Raises:
+        DeviceError: the device is not there, or cannot run the layer spec or the FP8 format.
+        ConfigError: the model or the batch cannot be cut over ``world_size`` processes, or the optimizer is not there.
+        CheckpointError: ``model.hf`` has no readable config.json.
+    """
+    device = choose_device(config.device)  # before Megatron is imported, below
+    check_config(config, device, world_size=world_size)
+    from megatron_spin.training.optimizer import optimizer_config
+
+    optimizer_config(config, learning_rate=1.0)
+    return device
