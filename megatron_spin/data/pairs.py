@@ -94,50 +94,90 @@ def build_pairs(
     return BuiltPairs(pairs, counts)
 
 
+@dataclasses.dataclass(frozen=True)
+class PairsManifest:
+    """``manifest.json`` beside the pairs."""
+
+    opponent: str
+    """Identity of the model that generated."""
+    data: str
+    """Identity of the prepared rows."""
+    answers: tuple[str, ...]
+    """Names of the answers of each pair."""
+    num_pairs: int
+    counts: dict[str, int]
+    """As :attr:`BuiltPairs.counts`."""
+    identity: str
+    """Hash of the pairs."""
+
+    @classmethod
+    def load(cls, directory: Path) -> "PairsManifest":
+        """The manifest in ``directory``.
+
+        Raises:
+            RunDirError: it is missing or damaged.
+        """
+        path = directory / "manifest.json"
+        raw = read_json(path)
+        try:
+            answers = tuple(raw.get("answers", TWO_ANSWERS))
+            return cls(**{**raw, "answers": answers})
+        except (AttributeError, TypeError) as error:
+            raise RunDirError(
+                f"{path} is damaged ({error}): restore it, or delete {directory} and generate again"
+            ) from None
+
+
 def save_pairs(
     directory: Path, built: BuiltPairs, *, answers: Sequence[str], opponent: str, data: str
-) -> dict[str, Any]:
-    """Writes ``pairs.parquet``, then ``manifest.json``, which is returned.
+) -> PairsManifest:
+    """Writes ``pairs.parquet``, then ``manifest.json``; returns the manifest.
 
     Args:
         answers: names of the answers of each pair.
         opponent: identity of the model that generated.
         data: identity of the prepared rows.
     """
-    columns = schema(answers)
-    write_columns(directory / "pairs.parquet", [pair.values() for pair in built.pairs], columns)
-    manifest = {
-        "opponent": opponent,
-        "data": data,
-        "answers": list(answers),
-        "num_pairs": len(built.pairs),
-        "counts": built.counts,
-        "identity": _identity(built.pairs),
-    }
-    write_json(directory / "manifest.json", manifest)
+    write_columns(directory / "pairs.parquet", [pair.values() for pair in built.pairs], schema(answers))
+    manifest = PairsManifest(
+        opponent=opponent,
+        data=data,
+        answers=tuple(answers),
+        num_pairs=len(built.pairs),
+        counts=built.counts,
+        identity=_identity(built.pairs),
+    )
+    write_json(directory / "manifest.json", dataclasses.asdict(manifest))
     return manifest
 
 
-def load_pairs(path: Path) -> tuple[list[Pair], dict[str, Any]]:
+def load_pairs(path: Path, *, answers: Sequence[str] | None = None) -> tuple[list[Pair], PairsManifest]:
     """The pairs in the directory ``path`` and their manifest.
 
+    Args:
+        answers: which answers the pairs must have, in this order; None takes any.
+
     Raises:
-        RunDirError: they are missing, damaged, or not what the manifest says.
+        RunDirError: they are missing, damaged, not what the manifest says, or have other answers.
     """
-    manifest = read_json(path / "manifest.json")
-    answers = manifest.get("answers", TWO_ANSWERS)
+    manifest = PairsManifest.load(path)
+    if answers is not None and manifest.answers != tuple(answers):
+        raise RunDirError(
+            f"{path} holds the answers {', '.join(manifest.answers)}, but the objective compares {', '.join(answers)}: "
+            f"restore the objective, or delete {path.parent} to generate again"
+        )
     pairs = []
-    for row in read_table(path / "pairs.parquet", schema(answers)):
+    for row in read_table(path / "pairs.parquet", schema(manifest.answers)):
         pairs.append(
             Pair(
                 index=row["index"],
                 iteration=row["iteration"],
                 prompt_ids=row["prompt_ids"],
-                answers=tuple(row[f"{answer}_ids"] for answer in answers),
+                answers=tuple(row[f"{answer}_ids"] for answer in manifest.answers),
                 finish_reason=row["finish_reason"],
             )
         )
-    if _identity(pairs) != manifest["identity"]:
+    if _identity(pairs) != manifest.identity:
         raise RunDirError(
             f"{path / 'pairs.parquet'} is not what its manifest.json says: restore the file, or delete {path} and "
             "generate again (for DPO: use a new --run-dir)"
@@ -145,14 +185,14 @@ def load_pairs(path: Path) -> tuple[list[Pair], dict[str, Any]]:
     return pairs, manifest
 
 
-def previous_pairs(path: Path, *, iteration: int, data: str) -> list[Pair]:
+def previous_pairs(path: Path, *, iteration: int, data: str, answers: Sequence[str]) -> list[Pair]:
     """The pairs in ``path`` that ``iteration`` itself generated.
 
     Raises:
         RunDirError: as :func:`load_pairs`, or they were made from other data.
     """
-    pairs, manifest = load_pairs(path)
-    if manifest["data"] != data:
+    pairs, manifest = load_pairs(path, answers=answers)
+    if manifest.data != data:
         raise RunDirError(f"{path} was made from other data than this run's: restore data/, or use a new --run-dir")
     return [pair for pair in pairs if pair.iteration == iteration]
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from megatron_spin.config.guards import Action, GuardsConfig
+from megatron_spin.data.pairs import PairsManifest
 from megatron_spin.evaluation.record import Evaluation, Mean
 
 Outcome: TypeAlias = Literal["pass", "warn", "rollback", "stop"]
@@ -42,8 +43,8 @@ class Measures:
     """The iteration's ``spin.beta``."""
     steps: Sequence[Mapping[str, Any]]
     """Rows of ``metrics.jsonl``."""
-    pairs: Mapping[str, Any]
-    """``manifest.json`` of the training pairs."""
+    pairs: PairsManifest
+    """Of the training pairs."""
     policy: Evaluation | None = None
     """What was measured of the iteration's policy; None if there is no evaluation."""
     opponent: Evaluation | None = None
@@ -172,7 +173,7 @@ def repetition(measures: Measures, threshold: float) -> Reading:
 
 
 def converged(measures: Measures, threshold: float) -> Reading:
-    identical, count = measures.pairs["counts"]["identical"], measures.pairs["num_pairs"]
+    identical, count = measures.pairs.counts["identical"], measures.pairs.num_pairs
     share = identical / count
     said = f"{identical} of {count} generated answers equal the real ones ({share:.1%})"
     return Reading(share, _exceeds(share, threshold), said)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_spin.config import Config, at_iteration
+from megatron_spin.data.pairs import PairsManifest
 from megatron_spin.data.rows import REJECTED, Row, load_rows
 from megatron_spin.data.templates import decode, load_tokenizer
 from megatron_spin.errors import DataError
@@ -116,7 +117,7 @@ def _opponent(config: Config, run_dir: RunDir, model: EvaluatedModel) -> Evaluat
     if iteration is None or not objective_class(config).compares():
         return None
     opponent = read_opponent(config, run_dir, iteration)
-    check_made_for(opponent, model.target, read_json(model.target.pairs / "manifest.json"), config)
+    check_made_for(opponent, model.target, PairsManifest.load(model.target.pairs), config)
     target = run_dir.target(baseline="sft") if iteration == 0 else run_dir.target(iteration=iteration - 1)
     return EvaluatedModel(hf=opponent.hf, target=target, identity=opponent.identity)
 

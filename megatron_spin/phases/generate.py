@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_spin.config import Config, Engine, Truncated, at_iteration
-from megatron_spin.data.pairs import Pair, build_pairs, previous_pairs, save_pairs
+from megatron_spin.data.pairs import Pair, PairsManifest, build_pairs, previous_pairs, save_pairs
 from megatron_spin.data.rows import Row, hash_rows, load_rows
 from megatron_spin.errors import ConfigError, RunDirError
 from megatron_spin.generation.engine import answer_caps, engine_settings, open_session
@@ -61,6 +61,13 @@ class Generate:
                 f"iteration {self.iteration} has nothing to generate: training.objective={config.training.objective} "
                 "needs no generated answers"
             )
+        caps = config.generation.max_new_tokens
+        if "initial" in objective_class(config).answers and isinstance(caps, list) and len(set(caps)) > 1:
+            raise ConfigError(
+                f"generation.max_new_tokens={caps} differs between iterations, but training.objective="
+                f"{config.training.objective} compares iteration 0's answers with later ones: their lengths would tell "
+                "them apart; give one value"
+            )
         self.manifest = read_json(self.run_dir.data / "manifest.json")
         self.rows = load_rows(self.run_dir.data / "train.parquet")
         if hash_rows(self.rows) != self.manifest["identity"]:
@@ -89,8 +96,8 @@ class Generate:
         manifest = self._write_pairs(opponent, store, shards)
         return {
             "opponent": opponent.identity,
-            "pairs": manifest["identity"],
-            "num_pairs": manifest["num_pairs"],
+            "pairs": manifest.identity,
+            "num_pairs": manifest.num_pairs,
             "shards": len(shards),
             "generated_now": len(missing),
             "tokens": tokens,
@@ -154,21 +161,27 @@ class Generate:
                 store.write(shard, completions)
             return tokens, time.monotonic() - started
 
-    def _write_pairs(self, opponent: Opponent, store: ShardStore, shards: Sequence[Shard]) -> dict[str, Any]:
+    def _write_pairs(self, opponent: Opponent, store: ShardStore, shards: Sequence[Shard]) -> PairsManifest:
         """Writes the pairs, with those of the iteration before if the config says so; returns their manifest."""
         config, data = self.config, self.manifest["identity"]
+        answers = objective_class(config).answers
         previous: list[Pair] = []
         if config.spin.reuse_previous and self.iteration > 0:
             before = self.run_dir.target(iteration=self.iteration - 1)
-            previous = previous_pairs(before.pairs, iteration=self.iteration - 1, data=data)
+            previous = previous_pairs(before.pairs, iteration=self.iteration - 1, data=data, answers=answers)
         truncated: Truncated = at_iteration(config.generation.truncated, self.iteration)
-        answers = objective_class(config).answers
         initial = _initial_answers(self.run_dir, self.iteration, answers, data)
-        own = _own_pairs(store.read(shards), self.iteration, answers, initial)
+        generated = store.read(shards)
+        own = _own_pairs(generated, self.iteration, answers, initial)
         built = build_pairs(own, truncated=truncated, previous=previous)
+        if len(own) < len(generated):
+            logger.warning(
+                f"{len(generated) - len(own)} of {len(generated)} answers give no pair: iteration 0 dropped its answers to "
+                "their prompts (generation.truncated=drop)"
+            )
         manifest = save_pairs(self.target.pairs, built, answers=answers, opponent=opponent.identity, data=data)
         counts = ", ".join(f"{count} {name}" for name, count in built.counts.items())
-        logger.info(f"{manifest['num_pairs']} pairs: {counts}")
+        logger.info(f"{manifest.num_pairs} pairs: {counts}")
         return manifest
 
 
@@ -179,7 +192,8 @@ def _initial_answers(run_dir: RunDir, iteration: int, answers: Sequence[str], da
     """
     initial: dict[int, list[list[int]]] = collections.defaultdict(list)
     if "initial" in answers and iteration > 0:
-        for pair in previous_pairs(run_dir.target(iteration=0).pairs, iteration=0, data=data):
+        first = run_dir.target(iteration=0).pairs
+        for pair in previous_pairs(first, iteration=0, data=data, answers=answers):
             initial[pair.index].append(pair.generated_ids)
     return initial
 
@@ -189,16 +203,17 @@ def _own_pairs(
 ) -> list[Pair]:
     """The iteration's pairs; a prompt whose initial answer was dropped in iteration 0 gives none."""
     pairs = []
-    seen: collections.Counter[int] = collections.Counter()
+    num_seen: collections.Counter[int] = collections.Counter()
     for row in generated:
-        by_name = {"real": row.real_ids, "generated": row.generated_ids, "initial": row.generated_ids}
+        initial_ids = row.generated_ids  # in iteration 0 the opponent is the initial model
         if "initial" in answers and iteration > 0:
             given = initial.get(row.index, [])
             if not given:
                 continue
-            # The k-th sample of a prompt meets the k-th initial answer; where there were fewer, they are taken in turn.
-            by_name["initial"] = given[seen[row.index] % len(given)]
-            seen[row.index] += 1
+            # The k-th sample of a prompt meets the k-th initial answer; if there were fewer, they are taken in turn.
+            initial_ids = given[num_seen[row.index] % len(given)]
+            num_seen[row.index] += 1
+        by_name = {"real": row.real_ids, "generated": row.generated_ids, "initial": initial_ids}
         pairs.append(
             Pair(
                 index=row.index,

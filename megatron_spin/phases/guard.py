@@ -9,10 +9,11 @@ import time
 from typing import Any
 
 from megatron_spin.config import Config, at_iteration, has_evaluation
+from megatron_spin.data.pairs import PairsManifest
 from megatron_spin.errors import ConfigError, GuardError, RunDirError
 from megatron_spin.evaluation.guards import Measures, Verdict, judge, outcome
 from megatron_spin.evaluation.record import Evaluation
-from megatron_spin.io import read_json, read_json_lines
+from megatron_spin.io import read_json_lines
 from megatron_spin.log import logger
 from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.run.records import PhaseRecord
@@ -56,7 +57,7 @@ class Guard:
         self._measures = Measures(
             beta=at_iteration(config.spin.beta, self.iteration),
             steps=read_json_lines(self.target.metrics),
-            pairs=read_json(self.target.pairs / "manifest.json"),
+            pairs=PairsManifest.load(self.target.pairs),
             policy=Evaluation.read(self.target.eval) if evaluates else None,
             opponent=Evaluation.read(opponent.eval) if evaluates else None,
         )

@@ -2,10 +2,10 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from megatron_spin.config import Config
 from megatron_spin.conversion.identity import identity
+from megatron_spin.data.pairs import PairsManifest
 from megatron_spin.errors import GateError, RunDirError
 from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.spin.objective import objective_class
@@ -46,18 +46,18 @@ def read_opponent(config: Config, run_dir: RunDir, iteration: int) -> Opponent:
     return Opponent(hf=hf, checkpoint=run_dir.opponent_checkpoint(iteration), identity=found)
 
 
-def check_made_for(opponent: Opponent, target: Target, manifest: dict[str, Any], config: Config) -> None:
+def check_made_for(opponent: Opponent, target: Target, manifest: PairsManifest, config: Config) -> None:
     """Refuses pairs that were made for another opponent; ``manifest`` is the pairs'.
 
     Raises:
         GateError: they were.
     """
-    if manifest["opponent"] == opponent.identity:
+    if manifest.opponent == opponent.identity:
         return
     remedy = "use a new --run-dir"
     if objective_class(config).generates:
         remedy = f"delete {target.generated} and {target.pairs} and generate again"
     raise GateError(
-        f"{target.pairs} was made for opponent {manifest['opponent'][:12]}, but {opponent.hf} is "
+        f"{target.pairs} was made for opponent {manifest.opponent[:12]}, but {opponent.hf} is "
         f"{opponent.identity[:12]}: restore that model, or {remedy}"
     )

@@ -13,13 +13,12 @@ from megatron_spin.conversion.identity import streamed_identity
 from megatron_spin.conversion.load import load_hf
 from megatron_spin.conversion.parity import PROBE_FILE, parity_sample
 from megatron_spin.data.batcher import Example
-from megatron_spin.data.pairs import load_pairs
+from megatron_spin.data.pairs import PairsManifest, load_pairs
 from megatron_spin.data.rows import load_rows
 from megatron_spin.data.sampler import BatchSampler
 from megatron_spin.errors import ConfigError, GateError, RunDirError
 from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets
 from megatron_spin.hf.files import read_hf_config
-from megatron_spin.io import read_json
 from megatron_spin.log import logger
 from megatron_spin.parallel.kernels import announce, layer_spec
 from megatron_spin.parallel.layout import alignment
@@ -100,11 +99,11 @@ def read_inputs(config: Config, run_dir: RunDir, target: Target) -> Inputs:
     objective = build_objective(config, iteration)
     opponent, pairs_identity = None, None
     if objective.compares():
-        pairs, manifest = load_pairs(target.pairs)
+        pairs, manifest = load_pairs(target.pairs, answers=objective.answers)
         model = read_opponent(config, run_dir, iteration)
         check_made_for(model, target, manifest, config)
         opponent = model.identity
-        pairs_identity = manifest["identity"]
+        pairs_identity = manifest.identity
         examples = [Example(pair.prompt_ids, pair.answers) for pair in pairs]
     else:
         examples = _real_examples(run_dir)
@@ -164,13 +163,16 @@ def _baseline_steps(config: Config, run_dir: RunDir, baseline: BaselineConfig) -
     """A number, or as many steps, or sequences, as all iterations that are played have together."""
     if isinstance(baseline.steps, int):
         return baseline.steps
-    steps = 0
+    num_answers = len(objective_class(config).answers)
+    num_steps, num_sequences = 0, 0
     for iteration in range(num_played(config, run_dir)):
-        manifest = read_json(run_dir.target(iteration=iteration).pairs / "manifest.json")
-        steps += total_steps(config, iteration, manifest["num_pairs"])
-    if baseline.steps == "same_sequences":
-        steps *= len(objective_class(config).answers)
-    return steps
+        manifest = PairsManifest.load(run_dir.target(iteration=iteration).pairs)
+        steps = total_steps(config, iteration, manifest.num_pairs)
+        num_steps += steps
+        num_sequences += steps * at_iteration(config.training.global_batch_size, iteration) * num_answers
+    if baseline.steps == "same_steps":
+        return num_steps
+    return num_sequences // at_iteration(config.training.global_batch_size, 0)
 
 
 def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, device: torch.device) -> None:
@@ -200,9 +202,9 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
             _check_policy_is_opponent(config, policy, inputs.opponent)
     reference = None
     if inputs.objective.needs_reference:
-        reference = _reference(config, run_dir, target, inputs, policy, fresh=not done)
-        if not done:
-            _load_start(config, policy, source, first=first)  # scoring may have put the exported opponent in its place
+        reference, is_opponent_loaded = _reference(config, run_dir, target, inputs, policy, fresh=not done)
+        if is_opponent_loaded and not done:
+            _load_start(config, policy, source, first=first)
     gate = None
     if inputs.opponent is not None and not done:
         gate = _first_loss_gate(config, inputs, policy, reference)
@@ -211,6 +213,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
         "pairs": inputs.pairs,
         "total": inputs.plan.total,
         "peak": inputs.plan.peak,
+        "objective": _objective_text(inputs.objective),
     }
     if done:
         loaded = load_checkpoint(target.checkpoints, policy.model, dims=dims, optimizer=policy.optimizer)
@@ -281,28 +284,30 @@ def _reference(
     policy: Policy,
     *,
     fresh: bool,
-) -> np.ndarray:
-    """The opponent's scores, [N, r], from the cache or computed now.
-
-    The policy may hold the opponent's weights afterwards.
+) -> tuple[np.ndarray, bool]:
+    """The opponent's scores, from the cache or computed now.
 
     Args:
         fresh: the policy holds the weights that the iteration starts from.
+
+    Returns:
+        [N, r] scores, and whether the policy now holds the exported opponent's weights in place of its own.
     """
     key = {"opponent": inputs.opponent, "pairs": inputs.pairs, "numerics": _numerics(config, policy)}
     cache = ScoreCache(target.pairs, inputs.objective.answers, key)
     scores = cache.load()
     if scores is not None:
         logger.info(f"opponent scores of {len(scores)} pairs from {cache.file}")
-        return scores
-    if not fresh or not _exports_as_it_computes(config):
+        return scores, False
+    must_load = not fresh or not _exports_as_it_computes(config)
+    if must_load:
         opponent_hf = run_dir.opponent_hf(config, target.iteration or 0)
         load_hf(policy.model, opponent_hf, policy.dims, through=config.precision.export_dtype)
     scores = policy.score(progress=True)
     if policy.dims.rank == 0:
         cache.save(scores)
     torch.distributed.barrier()
-    return scores
+    return scores, must_load
 
 
 def _exports_as_it_computes(config: Config) -> bool:
@@ -319,7 +324,8 @@ def _numerics(config: Config, policy: Policy) -> dict[str, Any]:
         "layer_spec": layer_spec(config, dims.device),
         "device": dims.device.type,
         "layout": [dims.tp_size, dims.pp_size, config.parallel.sequence_parallel],
-        "microbatch": [config.training.micro_batch_size, alignment(config)],
+        # Which prompts share a microbatch, and so its padding, depends on the global batch, too.
+        "microbatch": [policy.global_batch_size, config.training.micro_batch_size, alignment(config)],
     }
 
 
@@ -343,25 +349,30 @@ def _first_loss_gate(
             f"(allowed {checked.tolerance:.1e})"
         )
     examples = [inputs.examples[index] for index in batch]
-    lengths = [[len(answer) for answer in example.answers] for example in examples]
-    identical = [[list(answer) == list(example.answers[0]) for answer in example.answers] for example in examples]
     logps = AnswerLogps(
         policy=scores,
         reference=None if reference is None else scores,
-        lengths=torch.tensor(lengths, dtype=torch.float32),
-        identical=torch.tensor(identical),
+        lengths=torch.tensor([example.lengths for example in examples], dtype=torch.float32),
+        identical=torch.tensor([example.identical for example in examples]),
     )
     return first_loss(inputs.objective, logps, checked.tolerance).check
 
 
 def _check_same_training(target: Target, now: dict[str, Any], then: dict[str, Any]) -> None:
-    """Whether a checkpoint belongs to the training that is to continue: its opponent, pairs, steps and rate."""
+    """Whether a checkpoint belongs to the training that is to continue: its opponent, pairs, steps, rate, objective."""
     for name, value in now.items():
-        if then.get(name) != value:
+        # A checkpoint of an earlier version does not name its objective.
+        if then.get(name, value if name == "objective" else None) != value:
             raise RunDirError(
                 f"{target.checkpoints} was trained with {name} {then.get(name)}, but now it is {value}: restore what "
                 f"changed, or delete {target.checkpoints} to train anew"
             )
+
+
+def _objective_text(objective: Objective) -> str:
+    """Class and parameters of the objective, for comparison."""
+    kind = type(objective)
+    return f"{kind.__module__}.{kind.__qualname__} {dataclasses.asdict(objective)}"
 
 
 def _write_probe(target: Target, policy: Policy) -> None:

@@ -50,9 +50,9 @@ def score(
             batches = batcher.microbatches(padded[start : start + batch_size])
             collected = run_schedule(collect_logps(), model, batches, forward_only=True)
             local = torch.zeros(batch_size, batcher.num_answers, device=dims.device)
-            # Only the last pipeline stage collects anything.
-            for batch, logps in zip(batches, collected, strict=False):
-                local[torch.from_numpy(batch.rows)] = logps
+            if collected:  # on the last pipeline stage
+                for batch, logps in zip(batches, collected, strict=True):
+                    local[torch.from_numpy(batch.rows)] = logps
             scores[start : start + batch_size] = sum_over_ranks(local, dims).cpu().numpy()
             bar.update(min(batch_size, count - start))
     return scores[:count]
@@ -150,7 +150,8 @@ def check_scores(
     difference = np.abs(fresh - cached[batch])
     finite = np.where(np.isfinite(difference), difference, np.inf)
     worst = np.unravel_index(np.argmax(finite), finite.shape)
-    if finite[worst] > tolerance:
+    # Written so that a tolerance of NaN refuses.
+    if not finite[worst] <= tolerance:
         pair, answer = batch[worst[0]], answers[int(worst[1])]
         raise GateError(
             f"the opponent's score of pair {pair} ({answer}) is {cached[batch][worst]:.6f}, but the policy at step 0, "

@@ -213,11 +213,11 @@ def test_shards_and_pairs(done):
     pairs, manifest = load_pairs(run_dir.target(iteration=0).pairs)
     opponent = identity(run_dir.opponent_hf(config, 0), "fp32")
     assert (
-        manifest["opponent"]
+        manifest.opponent
         == opponent
         == read_json(run_dir.target(iteration=0).generated / "shard_00001.json")["opponent"]
     )
-    assert manifest["data"] == read_json(run_dir.data / "manifest.json")["identity"]
+    assert manifest.data == read_json(run_dir.data / "manifest.json")["identity"]
     assert sorted(pair.index for pair in pairs) == list(range(40))
     for pair in pairs:
         assert len(pair.generated_ids) <= 10
@@ -232,7 +232,7 @@ def test_several_answers_a_prompt(copy):
     shutil.rmtree(run_dir.target(iteration=0).generated)
     generate(config, run_dir, 0)
     pairs, manifest = load_pairs(run_dir.target(iteration=0).pairs)
-    assert manifest["counts"]["own"] == 80
+    assert manifest.counts["own"] == 80
     first, second = pairs[:40], pairs[40:]
     assert [(p.index, p.prompt_ids, p.real_ids) for p in first] == [(p.index, p.prompt_ids, p.real_ids) for p in second]
     assert sum(p.generated_ids != q.generated_ids for p, q in zip(first, second, strict=True)) > 20
@@ -287,7 +287,7 @@ def test_the_opponent_must_be_what_was_exported(copy):
     run_dir.mark_done("export:0", seconds=0, identity=identity(hf, "fp32"))
     generate(config, run_dir, 1)
     pairs, manifest = load_pairs(run_dir.target(iteration=1).pairs)
-    assert manifest["counts"]["own"] == manifest["counts"]["previous"] == 40
+    assert manifest.counts["own"] == manifest.counts["previous"] == 40
     assert [pair.iteration for pair in pairs] == [1] * 40 + [0] * 40
     assert [p.generated_ids for p in pairs[:40]] != [p.generated_ids for p in pairs[40:]], (
         "each iteration has seeds of its own"

@@ -1,5 +1,6 @@
 """Training pairs: what is kept, how it is counted, and that what is read is what was written."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,10 @@ def test_previous_own_pairs_come_behind_and_only_once(tmp_path: Path) -> None:
     assert [pair.iteration for pair in second.pairs] == [1, 1, 0, 0, 0]
     assert second.counts["previous"] == 3
     save_pairs(tmp_path, second, answers=ANSWERS, opponent="o", data="d")
-    previous = previous_pairs(tmp_path, iteration=1, data="d")
+    previous = previous_pairs(tmp_path, iteration=1, data="d", answers=ANSWERS)
     assert [pair.iteration for pair in previous] == [1, 1]
     with pytest.raises(RunDirError, match="other data"):
-        previous_pairs(tmp_path, iteration=1, data="e")
+        previous_pairs(tmp_path, iteration=1, data="e", answers=ANSWERS)
 
 
 def test_round_trip_and_identity(tmp_path: Path) -> None:
@@ -54,8 +55,8 @@ def test_round_trip_and_identity(tmp_path: Path) -> None:
     pairs, read = load_pairs(tmp_path)
     assert pairs == built.pairs == generated(3)
     assert read == manifest
-    assert manifest["num_pairs"] == 3
-    assert manifest["identity"] == hash_values(pair.values() for pair in built.pairs)
+    assert manifest.num_pairs == 3
+    assert manifest.identity == hash_values(pair.values() for pair in built.pairs)
 
 
 def test_tampered_pairs_are_refused(tmp_path: Path) -> None:
@@ -75,13 +76,30 @@ def test_three_answers_make_the_round_trip(tmp_path: Path) -> None:
     answers = ("real", "generated", "initial")
     built = build_pairs([Pair(4, 1, [1, 5], ([6, 2], [7, 2], [8]), "stop")], truncated="keep")
     manifest = save_pairs(tmp_path, built, answers=answers, opponent="o", data="d")
-    assert manifest["answers"] == list(answers)
+    assert manifest.answers == answers
     assert load_pairs(tmp_path)[0] == built.pairs
+
+
+def test_other_answers_than_the_objective_compares_are_refused(tmp_path: Path) -> None:
+    """The columns of an objective that was edited since must not be taken for those of today."""
+    save_pairs(tmp_path, build_pairs(generated(0), truncated="keep"), answers=ANSWERS, opponent="o", data="d")
+    for other in (("real",), ("generated", "real"), ("real", "generated", "initial")):
+        with pytest.raises(RunDirError, match="holds the answers real, generated, but the objective compares"):
+            load_pairs(tmp_path, answers=other)
+    with pytest.raises(RunDirError, match="the objective compares real, initial"):
+        previous_pairs(tmp_path, iteration=0, data="d", answers=("real", "initial"))
+
+
+@pytest.mark.parametrize("text", ["[]", '{"opponent": "o"}', '{"opponent": "o", "other": 1}'])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(RunDirError, match=r"manifest.json is damaged"):
+        load_pairs(tmp_path)
 
 
 def test_a_manifest_that_names_no_answers_has_two(tmp_path: Path) -> None:
     built = build_pairs(generated(0), truncated="keep")
-    manifest = save_pairs(tmp_path, built, answers=ANSWERS, opponent="o", data="d")
+    manifest = dataclasses.asdict(save_pairs(tmp_path, built, answers=ANSWERS, opponent="o", data="d"))
     del manifest["answers"]
     write_json(tmp_path / "manifest.json", manifest)
     assert load_pairs(tmp_path)[0] == built.pairs

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_spin.config import GuardsConfig, from_dict, to_yaml
+from megatron_spin.data.pairs import PairsManifest
 from megatron_spin.errors import ConfigError
 from megatron_spin.evaluation.guards import Measures, Verdict, judge, outcome
 from megatron_spin.evaluation.record import Evaluation
@@ -47,10 +48,21 @@ def evaluation(**changes: Any) -> Evaluation:
     return Evaluation.from_json(healthy | changes)
 
 
+def manifest(num_pairs: int, *, identical: int) -> PairsManifest:
+    return PairsManifest(
+        opponent="o",
+        data="d",
+        answers=("real", "generated"),
+        num_pairs=num_pairs,
+        counts={"identical": identical},
+        identity="i",
+    )
+
+
 def measures(
     *, identical: int = 300, steps: list[dict[str, Any]] | None = None, opponent: Any = None, **policy: Any
 ) -> Measures:
-    pairs = {"num_pairs": 1000, "counts": {"identical": identical}}
+    pairs = manifest(1000, identical=identical)
     return Measures(
         0.1, curve() if steps is None else steps, pairs, evaluation(**policy), evaluation(**(opponent or {}))
     )
@@ -131,7 +143,7 @@ def test_saturated_counts_the_steps_until_it_stays_so(first: int, expected: bool
 
 
 def test_what_is_not_there_is_said_and_does_not_trip() -> None:
-    blind = Measures(0.1, curve(), {"num_pairs": 10, "counts": {"identical": 1}})
+    blind = Measures(0.1, curve(), manifest(10, identical=1))
     unseen = {verdict.guard: verdict.said for verdict in judge(GuardsConfig(), blind) if verdict.tripped is None}
     assert list(unseen) == ["nll_rise", "end_of_answer", "length", "repetition"] and all(
         "no evaluation" in said for said in unseen.values()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_spin.config import Config, from_dict
+from megatron_spin.data.pairs import PairsManifest
 from megatron_spin.errors import GuardError, RunDirError
 from megatron_spin.io import read_json, write_json
 from megatron_spin.phases.frame import carry_out
@@ -45,7 +46,8 @@ def run_dir(tmp_path: Path) -> RunDir:
     for iteration, nll in enumerate((0.9, 1.8)):
         target = run_dir.target(iteration=iteration)
         write_json(target.eval, evaluation(nll_per_token=nll).to_json())
-        write_json(target.pairs / "manifest.json", {"num_pairs": 10, "counts": {"identical": 1}})
+        manifest = PairsManifest("o", "d", ("real", "generated"), 10, {"identical": 1}, "i")
+        write_json(target.pairs / "manifest.json", dataclasses.asdict(manifest))
         target.metrics.write_text("".join(json.dumps(row) + "\n" for row in curve()))
         for kind in ("train", "export", "evaluate"):
             run_dir.mark_done(f"{kind}:{iteration}", seconds=1.0)
