@@ -10,13 +10,16 @@ import sys
 from tests.support.runs import REPOSITORY
 
 LIGHT = (
+    "__main__",
     "cli",
+    "commands",
     "config",
     "errors",
     "evaluation",
     "io",
     "log",
     "machine",
+    "phases/frame",
     "processes",
     "report",
     "run",
