@@ -7,7 +7,7 @@ from tests.support.runs import run_tool, tiny_yaml
 
 
 @pytest.fixture(scope="session")
-def generated(tmp_path_factory) -> tuple[Path, Path]:
+def generated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(configuration, run directory) of a tiny run that stands before train:0; made once, never written to again."""
     directory = tmp_path_factory.mktemp("generated")
     config, run = tiny_yaml(directory), directory / "run"
@@ -20,7 +20,7 @@ def generated(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def fresh(generated, tmp_path) -> tuple[Path, Path]:
+def fresh(generated: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     """A copy of :func:`generated` to train in."""
     config, run = generated
     shutil.copytree(run, tmp_path / "run")
@@ -28,7 +28,7 @@ def fresh(generated, tmp_path) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def trained(generated, tmp_path_factory) -> tuple[Path, Path]:
+def trained(generated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """:func:`generated` with train:0 done without interruption; never written to again."""
     config, run = generated
     copy = tmp_path_factory.mktemp("trained") / "run"

@@ -93,7 +93,7 @@ def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(
         [DRIVER, "spin.yaml", *arguments], cwd=place, env=environment(PYTHON=sys.executable), text=True, **pipes
-    )  # type: ignore[call-overload,no-any-return]
+    )  # type: ignore[call-overload]
 
 
 def without_clocks(value: dict[str, Any]) -> dict[str, Any]:
@@ -202,6 +202,7 @@ def test_probe_of_a_run(finished: tuple[Path, float], workplace: Path, monkeypat
     result = read_diagnosis(finished[0])
     measured = json.loads((finished[0] / "iteration_0/eval.json").read_text())
     assert result.held_out == 12 and result.steps == 3 and result.differences.pairs == 48
+    assert result.accuracy is not None
     assert result.accuracy * (1 - result.ties) == pytest.approx(measured["opponent_accuracy"])
     assert 0 < result.differences.ended_generated < result.differences.ended_real == 1.0
 

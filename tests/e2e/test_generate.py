@@ -3,15 +3,19 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from megatron_spin.config import load_config
+from megatron_spin.config import Config, load_config
 from megatron_spin.conversion.identity import identity
 from megatron_spin.data.pairs import load_pairs
 from megatron_spin.errors import ConfigError, DeviceError, RunDirError
-from megatron_spin.generation.engine import EngineSettings, answer_caps, open_session
+from megatron_spin.generation.engine import Completion, EngineSettings, Progress, Session, answer_caps, open_session
 from megatron_spin.io import read_json, sha256, write_json
 from megatron_spin.phases.generate import Generate
 from megatron_spin.run.directory import RunDir
@@ -20,19 +24,24 @@ from tests.support.tiny import EOS, SPECIAL, tiny_model
 
 END = SPECIAL.index(EOS)
 ENGINES = ("hf", "vllm")
-FAMILIES = {"llama": {}, "mistral": {"family": "mistral", "tied": False, "kv_heads": 1, "sliding_window": 8}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"family": "mistral", "tied": False, "kv_heads": 1, "sliding_window": 8},
+}
 MAX_LENGTH, MAX_NEW_TOKENS = 40, 24
+Models: TypeAlias = dict[str, tuple[Path, PreTrainedModel]]
+Sessions: TypeAlias = dict[tuple[str, str], Session]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """Directory and model of each family."""
     root = tmp_path_factory.mktemp("models")
     return {name: (root / name, tiny_model(root / name, **kwargs)) for name, kwargs in FAMILIES.items()}
 
 
 @pytest.fixture(scope="module")
-def sessions(models):
+def sessions(models: Models) -> Iterator[Sessions]:
     """Started engines by (engine, family): an engine start serves all tests."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -46,7 +55,7 @@ def sessions(models):
             yield {("vllm", "llama"): vllm_llama, ("hf", "llama"): hf_llama, ("hf", "mistral"): hf_mistral}
 
 
-def settings(engine, hf_dir, **changes):
+def settings(engine: str, hf_dir: Path, **changes: Any) -> EngineSettings:
     return EngineSettings(
         **{
             "engine": engine,
@@ -60,14 +69,22 @@ def settings(engine, hf_dir, **changes):
     )
 
 
-def prompts(count=40, seed=0):
+def prompts(count: int = 40, seed: int = 0) -> list[list[int]]:
     """Random prompts of 1 to 30 tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 30, (count,), generator=generator).tolist()
     return [[1, *torch.randint(10, 100, (length,), generator=generator).tolist()] for length in lengths]
 
 
-def answer(session, *, temperature, seed=0, top_p=1.0, asked=None, progress=None):
+def answer(
+    session: Session,
+    *,
+    temperature: float,
+    seed: int = 0,
+    top_p: float = 1.0,
+    asked: list[list[int]] | None = None,
+    progress: Progress | None = None,
+) -> list[Completion]:
     asked = asked or prompts()
     caps = answer_caps(asked, max_new_tokens=MAX_NEW_TOKENS, max_length=MAX_LENGTH)
     return session.generate(
@@ -76,7 +93,7 @@ def answer(session, *, temperature, seed=0, top_p=1.0, asked=None, progress=None
 
 
 @pytest.mark.parametrize(("engine", "family"), [("hf", "llama"), ("hf", "mistral"), ("vllm", "llama")])
-def test_greedy_equals_transformers(sessions, models, engine, family):
+def test_greedy_equals_transformers(sessions: Sessions, models: Models, engine: str, family: str) -> None:
     model = models[family][1]
     expected = []
     for prompt in prompts():
@@ -91,10 +108,10 @@ def test_greedy_equals_transformers(sessions, models, engine, family):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_samples_end_once_or_are_cut(sessions, engine):
+def test_samples_end_once_or_are_cut(sessions: Sessions, engine: str) -> None:
     counted = [0, 0]
 
-    def progress(finished, tokens):
+    def progress(finished: int, tokens: int) -> None:
         counted[0] += finished
         counted[1] += tokens
 
@@ -111,7 +128,7 @@ def test_samples_end_once_or_are_cut(sessions, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_seed_reproduces_whatever_ran_before(sessions, engine):
+def test_a_seed_reproduces_whatever_ran_before(sessions: Sessions, engine: str) -> None:
     session = sessions[engine, "llama"]
     first = answer(session, temperature=1.0, seed=3)
     assert answer(session, temperature=1.0, seed=4) != first
@@ -119,14 +136,14 @@ def test_a_seed_reproduces_whatever_ran_before(sessions, engine):
     assert answer(session, temperature=1.0, seed=3) == first
 
 
-def test_hf_samples_do_not_depend_on_the_batch(sessions, models):
+def test_hf_samples_do_not_depend_on_the_batch(sessions: Sessions, models: Models) -> None:
     with open_session(settings("hf", models["llama"][0], batch_size=5)) as session:
         assert answer(session, temperature=1.0, seed=3) == answer(sessions["hf", "llama"], temperature=1.0, seed=3)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
-def test_sampled_distribution(sessions, models, engine, top_p):
+def test_sampled_distribution(sessions: Sessions, models: Models, engine: str, top_p: float) -> None:
     """First tokens of 4,000 samples of one prompt: their frequencies against the model's own probabilities."""
     asked, count = prompts()[7], 4000
     with torch.no_grad():
@@ -150,7 +167,7 @@ def test_sampled_distribution(sessions, models, engine, top_p):
     assert ((frequencies - probabilities).abs() <= 5 * (probabilities / count).sqrt() + 1 / count).all()
 
 
-def test_head_size_that_vllm_lacks_names_the_remedy(tmp_path):
+def test_head_size_that_vllm_lacks_names_the_remedy(tmp_path: Path) -> None:
     tiny_model(tmp_path, hidden=32, heads=2)
     with (
         pytest.raises(DeviceError, match=r"head size 16 .*set generation.engine=hf"),
@@ -160,7 +177,7 @@ def test_head_size_that_vllm_lacks_names_the_remedy(tmp_path):
 
 
 @pytest.mark.parametrize("argument", [{"dtype": "float16"}, {"no_such_argument": 1}])
-def test_vllm_arguments_that_cannot_be(models, argument):
+def test_vllm_arguments_that_cannot_be(models: Models, argument: dict[str, Any]) -> None:
     with (
         pytest.raises(ConfigError, match=next(iter(argument))),
         open_session(settings("vllm", models["llama"][0], vllm=argument)),
@@ -168,7 +185,7 @@ def test_vllm_arguments_that_cannot_be(models, argument):
         pass
 
 
-def test_vllm_that_fails_shows_its_log(models, tmp_path):
+def test_vllm_that_fails_shows_its_log(models: Models, tmp_path: Path) -> None:
     shutil.copytree(models["llama"][0], tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -180,7 +197,7 @@ def test_vllm_that_fails_shows_its_log(models, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(config path, run directory) with generate:0 done by the command line."""
     directory = tmp_path_factory.mktemp("done")
     config, run = tiny_yaml(directory, spin={"iterations": 2, "beta": 0.3}), directory / "run"
@@ -190,24 +207,24 @@ def done(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(done, tmp_path):
+def copy(done: tuple[Path, Path], tmp_path: Path) -> tuple[Config, RunDir]:
     config, run = done
     shutil.copytree(run, tmp_path / "run")
     return load_config(config), RunDir(tmp_path / "run")
 
 
-def generate(config, run_dir, iteration):
+def generate(config: Config, run_dir: RunDir, iteration: int) -> dict[str, Any]:
     """Carries out the phase, also if it is done, and returns what its record says."""
     phase = Generate(config, run_dir, run_dir.target(iteration=iteration))
     phase.check()
     return phase.run()
 
 
-def shards(run_dir, iteration=0):
+def shards(run_dir: RunDir, iteration: int = 0) -> dict[str, str]:
     return {path.name: sha256(path) for path in (run_dir.root / f"iteration_{iteration}" / "generated").glob("shard_*")}
 
 
-def test_shards_and_pairs(done):
+def test_shards_and_pairs(done: tuple[Path, Path]) -> None:
     config, run_dir = load_config(done[0]), RunDir(done[1])
     assert sorted(shards(run_dir)) == [f"shard_{i:05d}.{suffix}" for i in range(3) for suffix in ("json", "jsonl")]
     pairs, manifest = load_pairs(run_dir.target(iteration=0).pairs)
@@ -226,7 +243,7 @@ def test_shards_and_pairs(done):
     assert "already done" in result.stdout
 
 
-def test_several_answers_a_prompt(copy):
+def test_several_answers_a_prompt(copy: tuple[Config, RunDir]) -> None:
     config, run_dir = copy
     config = dataclasses.replace(config, generation=dataclasses.replace(config.generation, samples=2, shard_size=64))
     shutil.rmtree(run_dir.target(iteration=0).generated)
@@ -246,7 +263,7 @@ def test_several_answers_a_prompt(copy):
 
 
 @pytest.mark.parametrize("damage", ["one token", "half a manifest", "no manifest", "a temporary file"])
-def test_damaged_shards_are_generated_again(copy, damage):
+def test_damaged_shards_are_generated_again(copy: tuple[Config, RunDir], damage: str) -> None:
     config, run_dir = copy
     before, directory = shards(run_dir), run_dir.target(iteration=0).generated
     answers, manifest = directory / "shard_00001.jsonl", directory / "shard_00001.json"
@@ -266,7 +283,7 @@ def test_damaged_shards_are_generated_again(copy, damage):
     assert not list(directory.glob(".*"))
 
 
-def test_another_opponent_is_refused(copy, tmp_path):
+def test_another_opponent_is_refused(copy: tuple[Config, RunDir], tmp_path: Path) -> None:
     """One weight of the opponent differs in its last bit from what generated the shards."""
     config, run_dir = copy
     manifest = run_dir.target(iteration=0).generated / "shard_00002.json"
@@ -275,7 +292,7 @@ def test_another_opponent_is_refused(copy, tmp_path):
         generate(config, run_dir, 0)
 
 
-def test_the_opponent_must_be_what_was_exported(copy):
+def test_the_opponent_must_be_what_was_exported(copy: tuple[Config, RunDir]) -> None:
     config, run_dir = copy
     hf = run_dir.target(iteration=0).hf
     with pytest.raises(RunDirError, match="iteration 0 must be trained and exported first"):
@@ -294,13 +311,13 @@ def test_the_opponent_must_be_what_was_exported(copy):
     )
 
 
-def test_iteration_that_is_not_there(done):
+def test_iteration_that_is_not_there(done: tuple[Path, Path]) -> None:
     result = run_tool("generate.py", done[0], "--run-dir", done[1], "--iteration", 2, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("error: iteration 2 is not in this run: it has 0 to 1 (spin.iterations=2")
 
 
-def test_before_prepare(done, tmp_path):
+def test_before_prepare(done: tuple[Path, Path], tmp_path: Path) -> None:
     result = run_tool("generate.py", done[0], "--run-dir", tmp_path / "run", "--iteration", 0, check=False)
     assert result.returncode == 2
     assert "manifest.json is missing: an earlier phase has not run" in result.stderr

@@ -18,19 +18,19 @@ from tests.support.runs import command, environment, one_line, run_tool, tiny_ya
 
 
 @pytest.fixture(scope="module")
-def mistral(tmp_path_factory) -> Path:
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("mistral") / "model", "mistral", layers=2)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(mistral, tmp_path_factory) -> Path:
+def checkpoint(mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """:func:`mistral` as a Megatron checkpoint; never written to again."""
     directory = tmp_path_factory.mktemp("checkpoint") / "base"
     run_tool("import_hf.py", "--hf", mistral, "--checkpoint", directory)
     return directory
 
 
-def test_there_and_back_is_bitwise_equal(mistral, checkpoint, tmp_path) -> None:
+def test_there_and_back_is_bitwise_equal(mistral: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert (checkpoint / "latest_checkpointed_iteration.txt").read_text().strip() == "0"
     result = run_tool("export_hf.py", "--checkpoint", checkpoint, "--hf", tmp_path / "out")
     assert_same_model(tmp_path / "out", mistral)
@@ -43,7 +43,7 @@ def test_there_and_back_is_bitwise_equal(mistral, checkpoint, tmp_path) -> None:
     )
 
 
-def test_there_at_one_layout_and_back_at_another_in_bf16(mistral, tmp_path) -> None:
+def test_there_at_one_layout_and_back_at_another_in_bf16(mistral: Path, tmp_path: Path) -> None:
     """The checkpoint and the export are in bf16, rounded once; config.json says so and keeps all else."""
     layout = ("--tensor-model-parallel-size", 2)
     run_tool("import_hf.py", "--hf", mistral, "--checkpoint", tmp_path / "base", "--dtype", "bf16", *layout, ranks=2)
@@ -66,7 +66,7 @@ def test_there_at_one_layout_and_back_at_another_in_bf16(mistral, tmp_path) -> N
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_a_run_records_its_import_and_export(tmp_path) -> None:
+def test_a_run_records_its_import_and_export(tmp_path: Path) -> None:
     config, run = tiny_yaml(tmp_path), tmp_path / "run"
     options = ("--config", config, "--run-dir", run)
     run_tool("import_hf.py", *options)
@@ -84,7 +84,7 @@ def test_a_run_records_its_import_and_export(tmp_path) -> None:
     assert "already done" in run_tool("export_hf.py", *options, "--iteration", 0).stdout
 
 
-def test_the_trainers_probe_is_what_counts(checkpoint, mistral, tmp_path) -> None:
+def test_the_trainers_probe_is_what_counts(checkpoint: Path, mistral: Path, tmp_path: Path) -> None:
     """A sample of other weights (one element moved by 2%) stops the export and leaves nothing; the trainer's passes."""
     from megatron_spin.hf.logps import hf_token_logps
 
@@ -113,7 +113,7 @@ def test_the_trainers_probe_is_what_counts(checkpoint, mistral, tmp_path) -> Non
             assert (out / "model.safetensors").is_file()
 
 
-def test_a_corrupted_file_is_one_line(mistral, tmp_path) -> None:
+def test_a_corrupted_file_is_one_line(mistral: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(mistral, tmp_path / "broken")
     path = broken / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -122,13 +122,13 @@ def test_a_corrupted_file_is_one_line(mistral, tmp_path) -> None:
     assert not (tmp_path / "base").exists()
 
 
-def test_an_unfit_tensor_parallel_size_is_one_line(mistral, tmp_path) -> None:
+def test_an_unfit_tensor_parallel_size_is_one_line(mistral: Path, tmp_path: Path) -> None:
     options = ("--hf", mistral, "--checkpoint", tmp_path / "base", "--tensor-model-parallel-size", 3)
     result = run_tool("import_hf.py", *options, ranks=1, check=False)
     one_line(result, 2)
 
 
-def test_a_directory_that_is_no_export_is_never_replaced(checkpoint, tmp_path) -> None:
+def test_a_directory_that_is_no_export_is_never_replaced(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("precious")
     line = one_line(run_tool("export_hf.py", "--checkpoint", checkpoint, "--hf", tmp_path / "out", check=False), 2)
@@ -136,7 +136,7 @@ def test_a_directory_that_is_no_export_is_never_replaced(checkpoint, tmp_path) -
     assert (tmp_path / "out/thesis.txt").read_text() == "precious"
 
 
-def test_training_is_never_overwritten_by_an_import(mistral, checkpoint, tmp_path) -> None:
+def test_training_is_never_overwritten_by_an_import(mistral: Path, checkpoint: Path, tmp_path: Path) -> None:
     trained = shutil.copytree(checkpoint, tmp_path / "trained")
     (trained / "iter_0000000").rename(trained / "iter_0000007")
     (trained / "latest_checkpointed_iteration.txt").write_text("7")
@@ -144,7 +144,7 @@ def test_training_is_never_overwritten_by_an_import(mistral, checkpoint, tmp_pat
     assert "step 7" in line
 
 
-def test_no_room_leaves_nothing(checkpoint, tmp_path) -> None:
+def test_no_room_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 

@@ -24,7 +24,7 @@ def shards(run: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
-def test_killed_and_run_again(tmp_path, engine):
+def test_killed_and_run_again(tmp_path: Path, engine: str) -> None:
     seed = int(os.environ.get("SPIN_TEST_SEED", random.SystemRandom().randrange(2**32)))
     print(f"SPIN_TEST_SEED={seed}")
     chance = random.Random(seed)
@@ -65,7 +65,7 @@ def test_killed_and_run_again(tmp_path, engine):
 
 
 @pytest.mark.parametrize("moment", ["within the answers", "before their manifest", "before the pairs"])
-def test_killed_in_the_middle_of_a_write(tmp_path, moment):
+def test_killed_in_the_middle_of_a_write(tmp_path: Path, moment: str) -> None:
     """The three places in a shard's life where a random kill seldom falls."""
     config, run = (
         tiny_yaml(tmp_path, generation={"engine": "hf", "max_new_tokens": 10, "shard_size": 16}),

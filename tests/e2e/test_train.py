@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,17 +20,19 @@ from tests.support.runs import REPOSITORY, command, environment, forget, metrics
 STEPS = 5  # 40 pairs, 8 a step, one epoch
 
 
-def train(config, run, *overrides, check=True, ranks=1):
+def train(
+    config: Path, run: Path, *overrides: object, check: bool = True, ranks: int = 1
+) -> subprocess.CompletedProcess[str]:
     return run_tool("train.py", config, "--run-dir", run, "--iteration", 0, *overrides, check=check, ranks=ranks)
 
 
-def weights(run):
+def weights(run: Path) -> dict[str, str]:
     """SHA-256 of the final checkpoint's tensor files."""
     sums = json.loads((run / f"iteration_0/checkpoints/iter_{STEPS:07d}/checksums.json").read_text())
     return {name: value for name, value in sums.items() if name.endswith(".distcp")}
 
 
-def test_first_loss_is_loss_of_zero_and_the_rows_hold_the_contract(trained):
+def test_first_loss_is_loss_of_zero_and_the_rows_hold_the_contract(trained: tuple[Path, Path]) -> None:
     _, run = trained
     rows = metrics(run / "iteration_0/metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -41,7 +44,7 @@ def test_first_loss_is_loss_of_zero_and_the_rows_hold_the_contract(trained):
     assert "train:0" in json.loads((run / "state.json").read_text())["phases"]
 
 
-def test_done_is_done(trained):
+def test_done_is_done(trained: tuple[Path, Path]) -> None:
     config, run = trained
     before = sha256(run / "iteration_0/metrics.jsonl")
     assert "already done" in train(config, run).stdout
@@ -49,7 +52,9 @@ def test_done_is_done(trained):
 
 
 @pytest.mark.parametrize("seed", [os.environ.get("SPIN_KILL_SEED", str(random.SystemRandom().randrange(10**6)))])
-def test_kill_9_at_three_random_moments_then_the_same_result_bit_for_bit(fresh, trained, seed):
+def test_kill_9_at_three_random_moments_then_the_same_result_bit_for_bit(
+    fresh: tuple[Path, Path], trained: tuple[Path, Path], seed: str
+) -> None:
     print(f"SPIN_KILL_SEED={seed}")
     config, run = fresh
     draw = random.Random(int(seed))
@@ -77,14 +82,14 @@ def test_kill_9_at_three_random_moments_then_the_same_result_bit_for_bit(fresh, 
     assert weights(run) == weights(trained[1])
 
 
-def test_only_the_newest_checkpoints_stay(fresh):
+def test_only_the_newest_checkpoints_stay(fresh: tuple[Path, Path]) -> None:
     config, run = fresh
     train(config, run, "training.keep_checkpoints=2")
     kept = sorted(path.name for path in (run / "iteration_0/checkpoints").glob("iter_*"))
     assert kept == ["iter_0000004", "iter_0000005"]
 
 
-def stop_after(run, step):
+def stop_after(run: Path, step: int) -> None:
     """Makes a finished run one that was stopped after the checkpoint of ``step``."""
     (run / "iteration_0/checkpoints/latest_checkpointed_iteration.txt").write_text(str(step))
     shutil.rmtree(run / f"iteration_0/checkpoints/iter_{STEPS:07d}")
@@ -92,7 +97,9 @@ def stop_after(run, step):
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_resumed_equals_uninterrupted_even_without_the_score_cache(trained, tmp_path, lost):
+def test_resumed_equals_uninterrupted_even_without_the_score_cache(
+    trained: tuple[Path, Path], tmp_path: Path, lost: bool
+) -> None:
     config, finished = trained
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -106,7 +113,7 @@ def test_resumed_equals_uninterrupted_even_without_the_score_cache(trained, tmp_
     assert weights(run) == weights(finished)
 
 
-def test_a_checkpoint_of_another_training_is_not_gone_on_with(fresh):
+def test_a_checkpoint_of_another_training_is_not_gone_on_with(fresh: tuple[Path, Path]) -> None:
     config, run = fresh
     arguments = (config, "--run-dir", run, "--baseline", "sft_continued")
     run_tool("train.py", *arguments, "baselines.sft_continued.steps=4")
@@ -128,7 +135,9 @@ def test_a_checkpoint_of_another_training_is_not_gone_on_with(fresh):
 @pytest.mark.parametrize(
     "ranks_and_layout", [(2, "parallel.tensor_model_parallel_size=2"), (2, "parallel.pipeline_model_parallel_size=2")]
 )
-def test_another_layout_trains_alike_and_resumes_a_run_of_one_process(fresh, trained, tmp_path, ranks_and_layout):
+def test_another_layout_trains_alike_and_resumes_a_run_of_one_process(
+    fresh: tuple[Path, Path], trained: tuple[Path, Path], tmp_path: Path, ranks_and_layout: tuple[int, str]
+) -> None:
     ranks, layout = ranks_and_layout
     config, run = fresh
     expected = metrics(trained[1] / "iteration_0/metrics.jsonl")
@@ -143,7 +152,7 @@ def test_another_layout_trains_alike_and_resumes_a_run_of_one_process(fresh, tra
     assert actual[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-4)
 
 
-def tamper_with_scores(run, amount):
+def tamper_with_scores(run: Path, amount: float) -> None:
     """Adds ``amount`` nats to all real scores, with a manifest that believes them."""
     pairs = run / "iteration_0/pairs"
     tensors = safetensors.numpy.load_file(pairs / "scores.safetensors")
@@ -154,7 +163,7 @@ def tamper_with_scores(run, amount):
     (pairs / "scores.json").write_text(json.dumps(manifest))
 
 
-def test_tampered_scores_stop_the_run(fresh, trained):
+def test_tampered_scores_stop_the_run(fresh: tuple[Path, Path], trained: tuple[Path, Path]) -> None:
     config, run = fresh
     caught = None
     for amount in (1e-1, 1e-2, 1e-3, 1e-4):
@@ -171,7 +180,7 @@ def test_tampered_scores_stop_the_run(fresh, trained):
     assert caught is not None and caught <= 1e-2
 
 
-def test_scores_altered_without_their_manifest_are_named(fresh, trained):
+def test_scores_altered_without_their_manifest_are_named(fresh: tuple[Path, Path], trained: tuple[Path, Path]) -> None:
     config, run = fresh
     for file in (trained[1] / "iteration_0/pairs").glob("scores.*"):
         shutil.copy(file, run / "iteration_0/pairs")
@@ -181,7 +190,7 @@ def test_scores_altered_without_their_manifest_are_named(fresh, trained):
     assert "altered after scoring" in one_line(train(config, run, check=False))
 
 
-def test_wrong_opponent_stops_the_run(fresh):
+def test_wrong_opponent_stops_the_run(fresh: tuple[Path, Path]) -> None:
     config, run = fresh
     manifest = run / "iteration_0/pairs/manifest.json"
     content = json.loads(manifest.read_text())
@@ -193,7 +202,7 @@ def test_wrong_opponent_stops_the_run(fresh):
     assert not (run / "iteration_0/checkpoints").exists()
 
 
-def test_corrupted_checkpoint_is_one_line(fresh):
+def test_corrupted_checkpoint_is_one_line(fresh: tuple[Path, Path]) -> None:
     config, run = fresh
     [file, *_] = sorted((run / "base/iter_0000000").glob("*.distcp"))
     data = bytearray(file.read_bytes())
@@ -203,7 +212,7 @@ def test_corrupted_checkpoint_is_one_line(fresh):
     assert result.returncode == 2 and "corrupted" in one_line(result)
 
 
-def test_metadata_that_names_a_foreign_function_is_refused(fresh):
+def test_metadata_that_names_a_foreign_function_is_refused(fresh: tuple[Path, Path]) -> None:
     config, run = fresh
     (run / "base/iter_0000000/.metadata").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
     (run / "base/iter_0000000/checksums.json").unlink()
@@ -224,7 +233,9 @@ def test_metadata_that_names_a_foreign_function_is_refused(fresh):
         (["generation.temperature=0.9"], "other values of generation.temperature"),
     ],
 )
-def test_bad_settings_are_one_line_and_change_nothing(fresh, overrides, message):
+def test_bad_settings_are_one_line_and_change_nothing(
+    fresh: tuple[Path, Path], overrides: list[str], message: str
+) -> None:
     config, run = fresh
     before = sorted(str(path) for path in run.rglob("*"))
     result = train(config, run, *overrides, check=False)

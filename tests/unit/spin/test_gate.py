@@ -88,7 +88,7 @@ class Square(Objective):
         return Outcome((ratios[:, 0] - ratios[:, 1]) ** 2)
 
 
-def test_noise_counts_where_the_loss_has_no_slope():
+def test_noise_counts_where_the_loss_has_no_slope() -> None:
     """Two scores of a pair, each off by 0.01, are 0.02 apart."""
     gate = first_loss(Square(), scored(), 0.01)
     assert gate.expected == 0.0
