@@ -1,7 +1,8 @@
 """Named errors and their exit statuses.
 
-A message is one line that names the value, the rule and the remedy. Status 2 is for what the user can mend (input, configuration, a full
-disk); status 1 for what is not the user's doing (a gate that caught a numerical disagreement, a defect).
+A message is one line that names the value, the rule and the remedy. Status 2 is for what the user can mend (input,
+configuration, a full disk); status 1 for what is not the user's doing (a gate that caught a numerical disagreement, a
+defect).
 """
 
 
@@ -32,7 +33,9 @@ class DeviceError(SpinError):
 
 
 class GuardError(SpinError):
-    """A guard whose action is ``stop`` tripped: what was trained is not fit to become the opponent, and the user is to decide."""
+    """A guard whose action is ``stop`` tripped: what was trained is not fit to become the opponent, and the user is
+    to decide.
+    """
 
 
 class GateError(SpinError):

@@ -13,7 +13,9 @@ from megatron_spin.errors import RunDirError
 
 @contextlib.contextmanager
 def atomic_writer(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside ``path`` that replaces it when the block ends without an exception; else nothing changes."""
+    """Opens a temporary file beside ``path`` that replaces it when the block ends without an exception; else nothing
+    changes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -43,7 +43,9 @@ def version_of(package: str) -> str | None:
 
 
 def peak_memory() -> float:
-    """Largest resident memory so far of this process or of one that it has waited for (vLLM's), in GiB; a GPU's own is not in it."""
+    """Largest resident memory so far of this process or of one that it has waited for (vLLM's), in GiB; a GPU's own
+    is not in it.
+    """
     unit = 1 if sys.platform == "darwin" else 1024
     return (
         max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

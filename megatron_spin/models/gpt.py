@@ -146,7 +146,8 @@ def _layer_spec(
         return get_gpt_layer_with_transformer_engine_spec(**layer_kind)
     if config.normalization != "RMSNorm":
         raise ConfigError(
-            f"the local layer spec has no normalization {config.normalization!r} here: use layer_spec=transformer_engine"
+            f"the local layer spec has no normalization {config.normalization!r} here: "
+            "use layer_spec=transformer_engine"
         )
     spec = get_gpt_layer_local_spec(**layer_kind, normalization=config.normalization)
     spec.submodules.input_layernorm = RMSNorm

@@ -27,7 +27,8 @@ class ParallelDims:
     ranks (and context parallel ranks), too."""
     ep_size: int
     expert_dp_rank: int
-    """0 on the lowest rank of those that hold the same experts; without experts, of those that hold the same weights."""
+    """0 on the lowest rank of those that hold the same experts; without experts, of those that hold the same weights.
+    """
     pg_collection: "ProcessGroupCollection"
 
     @property

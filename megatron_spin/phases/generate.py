@@ -176,8 +176,8 @@ class Generate:
         built = build_pairs(own, truncated=truncated, previous=previous)
         if len(own) < len(generated):
             logger.warning(
-                f"{len(generated) - len(own)} of {len(generated)} answers give no pair: iteration 0 dropped its answers to "
-                "their prompts (generation.truncated=drop)"
+                f"{len(generated) - len(own)} of {len(generated)} answers give no pair: iteration 0 dropped its "
+                "answers to their prompts (generation.truncated=drop)"
             )
         manifest = save_pairs(self.target.pairs, built, answers=answers, opponent=opponent.identity, data=data)
         counts = ", ".join(f"{count} {name}" for name, count in built.counts.items())

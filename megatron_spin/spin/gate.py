@@ -50,7 +50,8 @@ def first_loss(objective: Objective, logps: AnswerLogps, noise: float) -> FirstL
     count = float(len(logps.policy))
     if at_start.count is not None:
         count = float(at_start.count.sum())
-    # A convex loss is largest at a corner of the box of scores that noise allows, so its corners bound what noise can do.
+    # A convex loss is largest at a corner of the box of scores that noise allows, so its corners bound what noise can
+    # do.
     worst = torch.zeros_like(at_start.loss)
     for signs in itertools.product((1.0, -1.0), repeat=logps.policy.shape[1]):
         moved = logps.policy.double() + noise * torch.tensor(signs, dtype=torch.float64)

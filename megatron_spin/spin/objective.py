@@ -139,8 +139,8 @@ def _check_answers(name: str, kind: type[Objective]) -> None:
         )
     if kind.needs_reference and not kind.compares():
         raise ConfigError(
-            f"training.objective={name!r} needs a reference, but has no answer beside the real one: nothing would check "
-            "the opponent; add an answer or set needs_reference to False"
+            f"training.objective={name!r} needs a reference, but has no answer beside the real one: nothing would "
+            "check the opponent; add an answer or set needs_reference to False"
         )
     if kind.generates and "generated" not in kind.answers:
         raise ConfigError(

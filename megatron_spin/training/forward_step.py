@@ -65,7 +65,8 @@ def reported_names(objective: Objective) -> list[str]:
     for name in outcome.metrics:
         if name in reserved:
             raise ConfigError(
-                f"objective {type(objective).__name__} reports a metric {name}, which every step has: give it another name"
+                f"objective {type(objective).__name__} reports a metric {name}, which every step has: "
+                "give it another name"
             )
     return ["loss", *_reported(objective, logps, outcome)]
 

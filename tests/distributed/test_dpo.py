@@ -1,4 +1,6 @@
-"""DPO from preference rows: the first step's loss and gradients against an independent implementation, tokenization included."""
+"""DPO from preference rows: the first step's loss and gradients against an independent implementation, tokenization
+included.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ def preference_rows(count: int) -> list[dict[str, str]]:
 def independent_dpo(
     policy_dir: Path, reference_dir: Path, rows: list[dict[str, str]]
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """-log sigmoid(beta (log pi(c)/pi(r) - log ref(c)/ref(r))), mean over ``rows``, with gradients; one unpadded sequence at a time."""
+    """-log sigmoid(beta (log pi(c)/pi(r) - log ref(c)/ref(r))), mean over ``rows``, with gradients; one unpadded
+    sequence at a time.
+    """
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (policy_dir, reference_dir)
     )
@@ -53,7 +57,9 @@ def independent_dpo(
 
 
 def test_one_dpo_step_equals_an_independent_implementation(world: Worlds, tmp_path: Path) -> None:
-    """The reference is another model than the policy here, so that margins of both signs count, not only their gradient at 0."""
+    """The reference is another model than the policy here, so that margins of both signs count, not only their
+    gradient at 0.
+    """
     tiny_model(tmp_path / "policy")
     tiny_model(tmp_path / "reference", seed=1)
     rows = preference_rows(24)

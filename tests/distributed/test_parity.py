@@ -1,4 +1,6 @@
-"""SPIN steps at every layout against one process, and one process against an independent implementation with transformers."""
+"""SPIN steps at every layout against one process, and one process against an independent implementation with
+transformers.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,9 @@ def test_one_step_equals_an_independent_implementation(
 def test_the_likelihood_term_adds_the_real_answers_mean_over_tokens(
     world: Worlds, models: dict[str, Path], pairs: list[TokenPair], scores: np.ndarray
 ) -> None:
-    """At weight 0 the very bits of the plain loss; else its value and gradient plus those of the mean over tokens, by transformers."""
+    """At weight 0 the very bits of the plain loss; else its value and gradient plus those of the mean over tokens, by
+    transformers.
+    """
     hf, weight, batch = models["llama_tied"], 0.7, BatchSampler(len(pairs), 8, 0).batch(0)
     plain, zero, weighted = (
         world(1).run(first_gradients, tiny_config(hf, spin=spin), pairs, scores)[0]

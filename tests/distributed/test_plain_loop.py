@@ -1,4 +1,6 @@
-"""Fifty steps of the trainer against a plain PyTorch loop: transformers' model, torch's optimizer, clipping and schedule written here."""
+"""Fifty steps of the trainer against a plain PyTorch loop: transformers' model, torch's optimizer, clipping and
+schedule written here.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +92,9 @@ def plain_loop(
 
 
 def deviation(hf: Path, actual: tuple[Any, Any], expected: tuple[Any, Any]) -> dict[str, float]:
-    """Largest relative difference of a step's loss, gradient norm and rate, and of a tensor's movement over all steps (``moved``)."""
+    """Largest relative difference of a step's loss, gradient norm and rate, and of a tensor's movement over all steps
+    (``moved``).
+    """
     before = {
         name: tensor.detach().numpy()
         for name, tensor in AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).named_parameters()
@@ -113,19 +117,23 @@ CASES: dict[str, tuple[str, str, int, Callable[[Any], torch.optim.Optimizer]]] =
     "spin_rmsprop": ("spin", "rmsprop", 1, lambda parameters: torch.optim.RMSprop(parameters)),
     "spin_rmsprop_dp2": ("spin", "rmsprop", 2, lambda parameters: torch.optim.RMSprop(parameters)),
 }
-"""Objective, optimizer, data parallel ranks (which share the optimizer's state), and what it must equal, with torch's own defaults."""
+"""Objective, optimizer, data parallel ranks (which share the optimizer's state), and what it must equal, with torch's
+own defaults.
+"""
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_fifty_steps_equal_a_plain_loop(
     world: Worlds, model: Path, pairs: list[tuple[list[int], list[int], list[int]]], case: str
 ) -> None:
-    """Seen, at most: 7e-7 in the loss, 7e-7 in the gradient norm, 9e-6 in what a tensor moved; the bounds are about ten times that.
+    """Seen, at most: 7e-7 in the loss, 7e-7 in the gradient norm, 9e-6 in what a tensor moved; the bounds are about
+    ten times that.
 
-    Both sides compute in fp32, but sum in another order (one matrix for Q, K and V, another padding, four microbatches), so a gradient
-    differs in its last two of seven digits. Adam and RMSProp divide each gradient by its own size, which keeps the relative error and adds
-    it up over the steps. No weight here has a gradient of rounding alone, which they would blow up: Llama has no K bias, and tokens that
-    never occur get exactly zero. An eps of 1e-7 in place of 1e-8 moves a tensor by 2e-4 (RMSProp 3e-3), a schedule one step off by 1e-2.
+    Both sides compute in fp32, but sum in another order (one matrix for Q, K and V, another padding, four
+    microbatches), so a gradient differs in its last two of seven digits. Adam and RMSProp divide each gradient by its
+    own size, which keeps the relative error and adds it up over the steps. No weight here has a gradient of rounding
+    alone, which they would blow up: Llama has no K bias, and tokens that never occur get exactly zero. An eps of 1e-7
+    in place of 1e-8 moves a tensor by 2e-4 (RMSProp 3e-3), a schedule one step off by 1e-2.
     """
     objective, optimizer, ranks, make = CASES[case]
     config = configured(model, objective, {"optimizer": optimizer, "clip_grad": CLIP, "weight_decay": 0.0})

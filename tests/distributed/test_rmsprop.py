@@ -1,4 +1,6 @@
-"""RMSProp: torch's very own step, and the same bits after a resume. Fifty steps against a plain loop stand in test_plain_loop.py."""
+"""RMSProp: torch's very own step, and the same bits after a resume. Fifty steps against a plain loop stand in
+test_plain_loop.py.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,6 @@
-"""A disk that fills up while training writes: one line, status 2, nothing half-written, and the run goes on once there is room."""
+"""A disk that fills up while training writes: one line, status 2, nothing half-written, and the run goes on once
+there is room.
+"""
 
 import shutil
 import subprocess

@@ -1,4 +1,6 @@
-"""tools/spin.sh from end to end with a model that trains in seconds: both engines, restarts, refusals. Real components throughout."""
+"""tools/spin.sh from end to end with a model that trains in seconds: both engines, restarts, refusals. Real
+components throughout.
+"""
 
 import json
 import os
@@ -28,13 +30,31 @@ from tests.support.tiny import sft_rows, tiny_model, write_jsonl
 
 DRIVER = str(REPOSITORY / "tools/spin.sh")
 EVAL_KEYS = {
-    "nll_per_token", "exact_match_sampled", "exact_match_greedy", "mean_response_tokens", "mean_real_tokens", "truncated_fraction",
-    "identical_fraction", "opponent_accuracy", "num_prompts",
-}  # fmt: skip
+    "nll_per_token",
+    "exact_match_sampled",
+    "exact_match_greedy",
+    "mean_response_tokens",
+    "mean_real_tokens",
+    "truncated_fraction",
+    "identical_fraction",
+    "opponent_accuracy",
+    "num_prompts",
+}
 METRIC_KEYS = {
-    "step", "loss", "margin", "accuracy", "real_logps", "generated_logps", "real_reward", "generated_reward", "grad_norm", "learning_rate",
-    "tokens", "pairs", "seconds",
-}  # fmt: skip
+    "step",
+    "loss",
+    "margin",
+    "accuracy",
+    "real_logps",
+    "generated_logps",
+    "real_reward",
+    "generated_reward",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "pairs",
+    "seconds",
+}
 CLOCKS = ("seconds", "tokens_per_second", "time")
 """What two equal runs may differ in."""
 
@@ -43,7 +63,9 @@ Finished = subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with model/, data.jsonl and spin.yaml: two iterations of three steps, tensor parallel size 2 on the CPU, one baseline."""
+    """A directory with model/, data.jsonl and spin.yaml: two iterations of three steps, tensor parallel size 2 on the
+    CPU, one baseline.
+    """
     place = tmp_path_factory.mktemp("driver")
     tiny_model(place / "model")
     write_jsonl(place / "data.jsonl", sft_rows(60))

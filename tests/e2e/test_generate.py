@@ -1,4 +1,6 @@
-"""Generation with both engines: against transformers token for token, and its shards against everything that may befall them."""
+"""Generation with both engines: against transformers token for token, and its shards against everything that may
+befall them.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""Guards provoked for real, through the driver: one iteration whose learning rate ruins the model, and one whose opponent knows the answers."""
+"""Guards provoked for real, through the driver: one iteration whose learning rate ruins the model, and one whose
+opponent knows the answers.
+"""
 
 import json
 import shutil
@@ -42,7 +44,9 @@ def tripped(run: Path, iteration: int = 0) -> set[str]:
 
 @pytest.fixture(scope="module")
 def ruined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(configuration, run directory) of a run that stands before guard:0; a model that ends its answers was trained at a rate that ruins it."""
+    """(configuration, run directory) of a run that stands before guard:0; a model that ends its answers was trained
+    at a rate that ruins it.
+    """
     place = tmp_path_factory.mktemp("ruined")
     config = tiny_yaml(
         place,
@@ -76,8 +80,10 @@ def test_a_ruined_model_is_warned_of_and_the_run_goes_on(run: tuple[Path, Path])
         "iteration 0" in line and ".threshold is " in line for line in warnings
     )
     assert state(directory)["result"] == {
-        "hf": "iteration_0/hf", "iteration": 0, "why": "the last iteration that is complete"
-    }  # fmt: skip
+        "hf": "iteration_0/hf",
+        "iteration": 0,
+        "why": "the last iteration that is complete",
+    }
     assert ran.stdout.splitlines()[-1].startswith(f"the result is iteration 0, {directory}/iteration_0/hf")
     run_tool("report.py", directory)
     report = (directory / "report.md").read_text()

@@ -46,7 +46,8 @@ def test_word_problems(tmp_path: Path) -> None:
     measured = evaluations(out)
     careless = {row: values["patterns"]["careless"]["sampled"] for row, values in measured.items()}
     matched = {row: values["exact_match_sampled"] for row, values in measured.items()}
-    # The claim: SFT has the habit of its pool (40%), self-play goes below the 20% of its own data, and sampled answers get better.
+    # The claim: SFT has the habit of its pool (40%), self-play goes below the 20% of its own data, and sampled
+    # answers get better.
     assert careless["baselines/sft"] > 0.3 and measured["baselines/sft"]["patterns"]["careless"]["real"] == 0
     assert careless["iteration_0"] < careless["baselines/sft"] - 0.1
     assert matched["iteration_0"] > matched["baselines/sft"] + 0.05

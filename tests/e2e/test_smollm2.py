@@ -1,4 +1,6 @@
-"""The example with a real model: what goes wrong costs one line, and self-play through the real engines makes the real answers likelier."""
+"""The example with a real model: what goes wrong costs one line, and self-play through the real engines makes the
+real answers likelier.
+"""
 
 import json
 import os
@@ -20,10 +22,18 @@ EXAMPLE = REPOSITORY / "examples/smollm2"
 ROWS = 1200
 """Of the data file; one in ten is held out, and few answers are as short as :data:`SMALLEST` wants them."""
 SMALLEST = (
-    "spin.iterations=1", "baselines={}", "data.num_prompts=16", "training.steps=2", "training.micro_batch_size=1", "evaluation.num_prompts=8",
-    "evaluation.held_out_fraction=0.1", "data.max_answer_length=72", "generation.max_new_tokens=72", "data.max_length=160",
+    "spin.iterations=1",
+    "baselines={}",
+    "data.num_prompts=16",
+    "training.steps=2",
+    "training.micro_batch_size=1",
+    "evaluation.num_prompts=8",
+    "evaluation.held_out_fraction=0.1",
+    "data.max_answer_length=72",
+    "generation.max_new_tokens=72",
+    "data.max_length=160",
     "data.max_prompt_length=88",
-)  # fmt: skip
+)
 
 
 def run(*command: object, timeout: float) -> subprocess.CompletedProcess[str]:
@@ -100,7 +110,8 @@ def check_the_run(spin: Path) -> None:
     assert after["nll_per_token"] < before["nll_per_token"] - 0.05
     steps = [json.loads(line) for line in (spin / "iteration_0/metrics.jsonl").read_text().splitlines()]
     assert abs(steps[0]["loss"] - 0.6931) < 1e-3 and steps[0]["real_reward"] == pytest.approx(0, abs=1e-3)
-    # Of the second batch, after one step: its real answers have become likelier than they were to the opponent, and not only by the margin.
+    # Of the second batch, after one step: its real answers have become likelier than they were to the opponent, and
+    # not only by the margin.
     assert steps[1]["real_reward"] > 0.1 and steps[1]["margin"] > 0.1
     page = (spin / "samples.md").read_text()
     assert page.count("**real**") == 5 and page.count("**SFT**") == page.count("**SPIN 0**") == 5

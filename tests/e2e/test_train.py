@@ -36,7 +36,8 @@ def test_first_loss_is_loss_of_zero_and_the_rows_hold_the_contract(trained: tupl
     _, run = trained
     rows = metrics(run / "iteration_0/metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    keys = "step loss margin accuracy real_logps generated_logps real_reward generated_reward grad_norm learning_rate tokens pairs"
+    keys = "step loss margin accuracy real_logps generated_logps real_reward generated_reward grad_norm"
+    keys += " learning_rate tokens pairs"
     assert set(keys.split()) <= rows[0].keys()
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert rows[-1]["margin"] > 0 and rows[-1]["loss"] < rows[0]["loss"]
@@ -62,8 +63,12 @@ def test_kill_9_at_three_random_moments_then_the_same_result_bit_for_bit(
     for target in sorted(draw.choices(range(1, STEPS), k=3)):
         process = subprocess.Popen(
             command("train.py", config, "--run-dir", run, "--iteration", 0),
-            env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            env=environment(),
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         path, rows, started = run / "iteration_0/metrics.jsonl", 0, time.time_ns()
         deadline = time.monotonic() + 120
         while (

@@ -62,10 +62,20 @@ def tiny_mixtral(directory: Path, *, seed: int = 0) -> Path:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     settings = MixtralConfig(
-        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=NUM_EXPERTS, num_experts_per_tok=2, sliding_window=None,
-        initializer_range=0.15, bos_token_id=1, eos_token_id=2, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=NUM_EXPERTS,
+        num_experts_per_tok=2,
+        sliding_window=None,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=2,
+        max_position_embeddings=128,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MixtralForCausalLM(settings)

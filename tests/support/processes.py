@@ -7,7 +7,9 @@ import psutil
 
 
 def survivors(processes: Sequence[psutil.Process], *, seconds: float = 10) -> list[psutil.Process]:
-    """Those that still run after ``seconds``, or none as soon as all have ended (an orphan may stay a zombie where nobody reaps it)."""
+    """Those that still run after ``seconds``, or none as soon as all have ended (an orphan may stay a zombie where
+    nobody reaps it).
+    """
     deadline = time.monotonic() + seconds
     while (left := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
         time.sleep(0.05)

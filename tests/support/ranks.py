@@ -128,7 +128,9 @@ def losses(config: Config, pairs: list[Any], scores: np.ndarray, *, steps: int =
 def trained_weights(
     config: Config, pairs: list[Any], scores: np.ndarray | None, *, steps: int
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """The metrics of ``steps`` optimizer steps, and the weights they end with under their Hugging Face names (empty but on rank 0)."""
+    """The metrics of ``steps`` optimizer steps, and the weights they end with under their Hugging Face names (empty
+    but on rank 0).
+    """
     trainer = make_trainer(config, pairs, scores, steps=steps)
     rows = [trainer.step(step) for step in range(steps)]
     return rows, weights(trainer, Path(config.model.hf))
@@ -137,7 +139,9 @@ def trained_weights(
 def resumed_weights(
     config: Config, pairs: list[Any], scores: np.ndarray, *, steps: int, stop: int, directory: Path
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """As :func:`trained_weights`, but after ``stop`` steps another trainer goes on from the checkpoint in ``directory``."""
+    """As :func:`trained_weights`, but after ``stop`` steps another trainer goes on from the checkpoint in
+    ``directory``.
+    """
     trainer = make_trainer(config, pairs, scores, steps=steps)
     from megatron_spin.training.checkpoint import load_checkpoint, save_checkpoint
 

@@ -63,7 +63,7 @@ def forget(run: Path, *phases: str) -> None:
 
 
 def tiny_yaml(directory: Path, **sections: Any) -> Path:
-    """Writes a tiny model, its SFT data and a configuration that trains in seconds; returns the configuration's path."""
+    """Writes a tiny model, its data and a configuration that trains in seconds; returns the configuration's path."""
     tiny_model(directory / "model")
     write_jsonl(directory / "train.jsonl", sft_rows(40, seed=1))
     write_jsonl(directory / "eval.jsonl", sft_rows(8, seed=2))

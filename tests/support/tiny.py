@@ -1,4 +1,4 @@
-"""Models and tokenizers that are real in every part and small enough for a test: built from a seed, never downloaded."""
+"""Models and tokenizers that are real in every part and small enough for a test, built from a seed."""
 
 import json
 from collections.abc import Sequence
@@ -74,22 +74,31 @@ def tiny_model(
     seed: int = 0,
     tokenizer: bool = True,
 ) -> PreTrainedModel:
-    """Writes a randomly initialised model (safetensors, config, generation config, tokenizer) into ``directory`` and returns it.
+    """Writes a randomly initialised model (safetensors, config, generation config, tokenizer) into ``directory`` and
+    returns it.
 
     Args:
         family: ``llama`` or ``mistral`` (which alone takes ``sliding_window``).
         hidden, heads: their quotient is the head size; vLLM on a CPU wants 32, 64, 80 ...
-        scale: standard deviation of the weights; far above the usual 0.02, so that next-token distributions differ from each other
-            and greedy decoding does not depend on rounding.
+        scale: standard deviation of the weights; far above the usual 0.02, so that next-token distributions differ
+            from each other and greedy decoding does not depend on rounding.
         tokenizer: also writes :func:`tiny_tokenizer`, whose ids need ``vocabulary >= 100``.
     """
     settings = {
-        "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads or heads, "max_position_embeddings": max_positions,
-        "tie_word_embeddings": tied, "initializer_range": scale, "bos_token_id": SPECIAL.index(BOS), "eos_token_id": SPECIAL.index(EOS),
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads or heads,
+        "max_position_embeddings": max_positions,
+        "tie_word_embeddings": tied,
+        "initializer_range": scale,
+        "bos_token_id": SPECIAL.index(BOS),
+        "eos_token_id": SPECIAL.index(EOS),
         "pad_token_id": None,
         "rms_norm_eps": 1e-5,
-    }  # fmt: skip
+    }
     model: PreTrainedModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -119,7 +128,9 @@ def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
 
 
 def sft_rows(count: int, *, seed: int = 0, prompt_words: int = 6, answer_words: int = 8) -> list[dict[str, str]]:
-    """``count`` different prompt/response rows of the tokenizer's words; lengths vary from 1 up to the given number of words."""
+    """``count`` different prompt/response rows of the tokenizer's words; lengths vary from 1 up to the given number
+    of words.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def text(longest: int) -> str:
@@ -139,7 +150,9 @@ def sft_rows(count: int, *, seed: int = 0, prompt_words: int = 6, answer_words: 
 def fine_tune(
     directory: Path, rows: Sequence[dict[str, str]], *, steps: int, rate: float = 3e-3, batch: int = 64
 ) -> float:
-    """Trains the model in ``directory`` on ``rows`` (prompt, then response and ``</s>``) in place; returns the last loss, nats a token."""
+    """Trains the model in ``directory`` on ``rows`` (prompt, then response and ``</s>``) in place; returns the last
+    loss, nats a token.
+    """
     torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much on a busy machine
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory).train()

@@ -73,9 +73,15 @@ def measure(experiment: Experiment, root: Path, seed: int, arm: str, label: str,
     run_dir.mark_done("prepare", seconds=1.0)
     target = run_dir.target(baseline="sft") if label == "sft" else run_dir.target(iteration=int(label))
     values = {
-        "model": "0" * 64, "num_prompts": 4, "exact_match_sampled": matched, "exact_match_greedy": 1.0, "nll_per_token": 0.5, "likelihood": {"mix": {"nll_per_token": 0.25}},
-        "truncated_fraction": 0.1, "patterns": {"careless": {"sampled": 0.2, "exact_match_without": None}},
-    }  # fmt: skip
+        "model": "0" * 64,
+        "num_prompts": 4,
+        "exact_match_sampled": matched,
+        "exact_match_greedy": 1.0,
+        "nll_per_token": 0.5,
+        "likelihood": {"mix": {"nll_per_token": 0.25}},
+        "truncated_fraction": 0.1,
+        "patterns": {"careless": {"sampled": 0.2, "exact_match_without": None}},
+    }
     write_json(target.eval, values)
 
 

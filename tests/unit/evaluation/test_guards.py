@@ -41,10 +41,18 @@ def curve(
 
 def evaluation(**changes: Any) -> Evaluation:
     healthy = {
-        "model": "0" * 64, "num_prompts": 400, "nll_per_token": 1.0, "nll_per_token_error": 0.01, "truncated_fraction": 0.05, "truncated_fraction_greedy": 0.02,
-        "mean_response_tokens": 100.0, "mean_real_tokens": 110.0, "repeated_fraction": 0.03, "repeated_fraction_greedy": 0.05,
+        "model": "0" * 64,
+        "num_prompts": 400,
+        "nll_per_token": 1.0,
+        "nll_per_token_error": 0.01,
+        "truncated_fraction": 0.05,
+        "truncated_fraction_greedy": 0.02,
+        "mean_response_tokens": 100.0,
+        "mean_real_tokens": 110.0,
+        "repeated_fraction": 0.03,
+        "repeated_fraction_greedy": 0.05,
         "repeated_fraction_real": 0.02,
-    }  # fmt: skip
+    }
     return Evaluation.from_json(healthy | changes)
 
 
@@ -90,13 +98,22 @@ def value(seen: Measures, guard: str) -> float | None:
         (measures(nll_per_token=math.inf, nll_per_token_error=math.nan), ["nll_rise"]),
         (measures(nll_per_token=0.8, opponent={"nll_per_token": math.nan}), ["nll_rise"]),
         (measures(truncated_fraction=0.3), ["end_of_answer"]),
-        (measures(truncated_fraction=0.0, truncated_fraction_greedy=0.96, nll_per_token=0.9), ["end_of_answer"]),  # what samples hide
+        (
+            measures(truncated_fraction=0.0, truncated_fraction_greedy=0.96, nll_per_token=0.9),
+            ["end_of_answer"],
+        ),  # what samples hide
         (measures(truncated_fraction=0.6, opponent={"truncated_fraction": 0.9}), []),  # as bad as it is, it got better
-        (measures(truncated_fraction=0.125, num_prompts=8, opponent={"truncated_fraction": 0.0}), []),  # one of eight prompts
+        (
+            measures(truncated_fraction=0.125, num_prompts=8, opponent={"truncated_fraction": 0.0}),
+            [],
+        ),  # one of eight prompts
         (measures(mean_response_tokens=60.0), ["length"]),
         (measures(mean_response_tokens=170.0), ["length"]),
         (measures(mean_response_tokens=0.0), ["length"]),
-        (measures(mean_response_tokens=50.0, opponent={"mean_response_tokens": 30.0}), []),  # on the way to the real length
+        (
+            measures(mean_response_tokens=50.0, opponent={"mean_response_tokens": 30.0}),
+            [],
+        ),  # on the way to the real length
         (measures(mean_response_tokens=math.nan), ["length"]),
         (measures(repeated_fraction=0.4), ["repetition"]),
         (measures(repeated_fraction_greedy=0.5), ["repetition"]),
@@ -107,7 +124,7 @@ def value(seen: Measures, guard: str) -> float | None:
         (measures(steps=curve(accuracy=0.75, identical=0.0)), []),
         (measures(steps=curve(accuracy=0.0, identical=1.0)), []),  # nothing to win
     ],
-)  # fmt: skip
+)
 def test_each_guard_trips_on_its_own_figure(seen: Measures, expected: list[str]) -> None:
     assert tripped(seen) == expected
 

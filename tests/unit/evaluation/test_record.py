@@ -32,13 +32,27 @@ ANSWERS = AnswerMeasures(
 OPPONENT = OpponentMeasures(identity="b" * 64, accuracy=Mean(0.9, 0.02), ties=0.05, margin=Mean(1.5, 0.3))
 FIRST = ["model", "num_prompts", "nll_per_token", "nll_per_token_error", "opponent_accuracy", "likelihood"]
 AGAINST_OPPONENT = [
-    "opponent", "opponent_accuracy_error", "opponent_ties", "opponent_margin", "opponent_margin_error",
-]  # fmt: skip
+    "opponent",
+    "opponent_accuracy_error",
+    "opponent_ties",
+    "opponent_margin",
+    "opponent_margin_error",
+]
 OF_ANSWERS = [
-    "exact_match_sampled", "exact_match_sampled_error", "exact_match_greedy", "exact_match_greedy_error",
-    "mean_response_tokens", "mean_real_tokens", "truncated_fraction", "truncated_fraction_greedy", "repeated_fraction",
-    "repeated_fraction_greedy", "repeated_fraction_real", "identical_fraction", "patterns",
-]  # fmt: skip
+    "exact_match_sampled",
+    "exact_match_sampled_error",
+    "exact_match_greedy",
+    "exact_match_greedy_error",
+    "mean_response_tokens",
+    "mean_real_tokens",
+    "truncated_fraction",
+    "truncated_fraction_greedy",
+    "repeated_fraction",
+    "repeated_fraction_greedy",
+    "repeated_fraction_real",
+    "identical_fraction",
+    "patterns",
+]
 LAST = ["samples", "seconds"]
 
 

@@ -9,10 +9,18 @@ def test_assets_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     source, copy = tmp_path / "source", tmp_path / "copy"
     (source / "additional_chat_templates").mkdir(parents=True)
     kept = [
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
         "special_tokens_map.json",
-        "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/tool.jinja",
-    ]  # fmt: skip
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+    ]
     left = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "README.md", "training_args.bin"]
     for name in kept + left:
         (source / name).write_bytes(name.encode() + b"\xff")

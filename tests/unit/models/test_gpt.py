@@ -154,10 +154,18 @@ def test_head_size_of_its_own(world: World, tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     settings = MistralConfig(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=32, sliding_window=None, initializer_range=0.15, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        head_dim=32,
+        sliding_window=None,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     MistralForCausalLM(settings).save_pretrained(tmp_path)
     input_ids, labels = batch()
     [actual] = world.run(token_logps, tmp_path, input_ids, labels)

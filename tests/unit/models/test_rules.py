@@ -123,8 +123,9 @@ def test_query_key_value_order_is_megatrons() -> None:
     query, key, value = torch.tensor([0.0, 1, 2, 3]), torch.tensor([10.0, 11]), torch.tensor([20.0, 21])
     rule = QueryKeyValue(("q", "k", "v"))
     assert [shard.tolist() for shard in shards_of(rule, [query, key, value], tp_size=2, local=(4,), sizes=sizes)] == [
-        [0, 1, 10, 20], [2, 3, 11, 21],
-    ]  # fmt: skip
+        [0, 1, 10, 20],
+        [2, 3, 11, 21],
+    ]
 
 
 def test_gate_up_order_is_megatrons() -> None:

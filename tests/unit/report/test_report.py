@@ -219,8 +219,10 @@ def test_as_many_steps_at_another_rate_has_another_name(run: RunDir, tmp_path: P
 
 def test_memory_is_recorded_in_gib(tmp_path: Path) -> None:
     """Of a child that has ended, too: vLLM's process is the largest of a generation."""
-    script = "import json, sys; from pathlib import Path; from megatron_spin.run.directory import RunDir; run = RunDir(Path(sys.argv[1])); "
-    script += "import subprocess; subprocess.run([sys.executable, '-c', 'x = bytearray(300 * 2**20); x[::4096] = b\"1\" * len(x[::4096])']); "
+    script = "import json, subprocess, sys; from pathlib import Path; "
+    script += "from megatron_spin.run.directory import RunDir; run = RunDir(Path(sys.argv[1])); "
+    child = "x = bytearray(300 * 2**20); x[::4096] = b'1' * len(x[::4096])"
+    script += f"subprocess.run([sys.executable, '-c', {child!r}]); "
     # Behind a shell: what a process counts as its own begins with the memory of the one that it was forked from.
     command = [
         "bash",

@@ -27,7 +27,9 @@ def scored(*, reference: bool = True) -> AnswerLogps:
 
 
 def test_the_likelihood_term_counts() -> None:
-    """The cases: loss(0) without the term; ln 2 + 0.5 * 2 with it; a thousandth too much; the term where none is asked for."""
+    """The cases: loss(0) without the term; ln 2 + 0.5 * 2 with it; a thousandth too much; the term where none is
+    asked for.
+    """
     plain, weighted = (first_loss(Spin(beta=0.1, sft_weight=weight), scored(), 1e-5) for weight in (0.0, 0.5))
     assert weighted.expected == pytest.approx(math.log(2) + 0.5 * 2, rel=1e-7)
     plain.check(math.log(2))

@@ -1,7 +1,8 @@
-"""What SPIN's objective does to a policy, by enumeration: section 5 of the paper, and what follows for a run. Told in docs/concepts.md.
+"""What SPIN's objective does to a policy, by enumeration: section 5 of the paper, and what follows for a run. Told in
+docs/concepts.md.
 
-The losses are the package's own, the arithmetic is fp64, minima are found by L-BFGS. "Tabular" is a softmax over free logits, one for each
-answer; "Llama" is transformers' model with 4,816 parameters (vocabulary 4) over all its answers.
+The losses are the package's own, the arithmetic is fp64, minima are found by L-BFGS. "Tabular" is a softmax over free
+logits, one for each answer; "Llama" is transformers' model with 4,816 parameters (vocabulary 4) over all its answers.
 """
 
 import itertools
@@ -40,7 +41,7 @@ def llama(*, vocabulary: int = 4, longest: int = 3) -> EnumeratedLlama:
     return EnumeratedLlama(prompts=[[1, 2], [2, 2, 1]], vocabulary=vocabulary, longest=longest)
 
 
-# --------------------------------------------------------------------------------------------------- the minimum of one iteration
+# --------------------------------------------------------------------------------------- the minimum of one iteration
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -51,7 +52,9 @@ def test_minimiser_is_that_of_theorem_5_4(beta: float) -> None:
 
 
 def test_minimiser_of_a_llama_is_that_of_theorem_5_4() -> None:
-    """It has parameters enough to be any distribution over its 7 answers to 2 prompts, so the theorem's condition holds."""
+    """It has parameters enough to be any distribution over its 7 answers to 2 prompts, so the theorem's condition
+    holds.
+    """
     model, beta = llama(vocabulary=3, longest=2), 0.7
     opponent = model.logps().detach()
     data = random_policy(*opponent.shape, seed=3)
@@ -69,7 +72,9 @@ def test_minimiser_of_the_exponential_loss_takes_half_the_step(beta: float) -> N
 
 @pytest.mark.parametrize("difference", [0.5, 1e-3])
 def test_minimiser_of_the_hinge_moves_by_one_over_beta_however_small_the_difference(difference: float) -> None:
-    """Two answers: the best margin between them is 1 as soon as the data prefers one of them, so that iterations do not come to rest."""
+    """Two answers: the best margin between them is 1 as soon as the data prefers one of them, so that iterations do
+    not come to rest.
+    """
     beta = 0.3
     opponent = torch.zeros(1, 2, dtype=torch.float64).log_softmax(-1)
     data = torch.tensor([[difference, 0.0]], dtype=torch.float64).log_softmax(-1)
@@ -83,7 +88,7 @@ def test_minimiser_of_the_hinge_moves_by_one_over_beta_however_small_the_differe
     assert (moved[0] - moved[1]).item() == pytest.approx(1 / beta - difference)
 
 
-# --------------------------------------------------------------------------------------------------------- iterations in sequence
+# --------------------------------------------------------------------------------------------- iterations in sequence
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.3, 0.5, 0.7, 1.0, 5.0])
@@ -121,7 +126,9 @@ def test_exact_iterations_at_one_half_go_round_in_circles() -> None:
 
 @pytest.mark.parametrize("beta", [0.1, 0.3])
 def test_small_beta_passes_the_data_early_and_ends_beyond_it(beta: float) -> None:
-    """Gradient descent with SFT's effective rate of 1: eleven or thirteen steps come near the data, 300 are far worse than none."""
+    """Gradient descent with SFT's effective rate of 1: eleven or thirteen steps come near the data, 300 are far worse
+    than none.
+    """
     path = [divergence(DATA, policy) for policy in gradient_path(OPPONENT, DATA, beta, rate=2 / beta, steps=300)]
     nearest = min(range(len(path)), key=path.__getitem__)
     assert 5 <= nearest <= 20
@@ -131,7 +138,9 @@ def test_small_beta_passes_the_data_early_and_ends_beyond_it(beta: float) -> Non
 
 @pytest.mark.parametrize("beta", [0.1, 0.3])
 def test_only_the_real_log_probs_tell_that_the_data_is_passed(beta: float) -> None:
-    """Their mean is minus KL(data || policy) and a constant. Loss and margin improve to the end, where real answers are less likely than at first."""
+    """Their mean is minus KL(data || policy) and a constant. Loss and margin improve to the end, where real answers
+    are less likely than at first.
+    """
     path = gradient_path(OPPONENT, DATA, beta, rate=2 / beta, steps=100)
     losses = [spin_objective(policy, opponent=OPPONENT, data=DATA, beta=beta).item() for policy in path]
     margins = [mean_margin(policy, opponent=OPPONENT, data=DATA, beta=beta) for policy in path]
@@ -169,7 +178,7 @@ def test_pull_at_the_data_is_still_there_when_beta_is_small() -> None:
     assert left[1.0] < 1e-12
 
 
-# ------------------------------------------------------------------------------------------------------------------- fixed points
+# ------------------------------------------------------------------------------------------------------- fixed points
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -209,7 +218,9 @@ def test_data_is_a_fixed_point_of_a_llama(loss: str) -> None:
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_converged_sft_model_stays_where_it_is_even_if_it_is_not_the_data(loss: str, beta: float) -> None:
-    """Both prompts share one row of logits, so that no policy is the data. The objective is convex in the logits: no gradient, so a minimum."""
+    """Both prompts share one row of logits, so that no policy is the data. The objective is convex in the logits: no
+    gradient, so a minimum.
+    """
     data = random_policy(2, 6, seed=3, scale=2.0)
     shared = data.exp().mean(0, keepdim=True).log().requires_grad_()
 
@@ -244,14 +255,16 @@ def test_other_sampling_moves_the_fixed_point(temperature: float) -> None:
 
 
 def test_pairs_of_an_earlier_iteration_push_beyond_the_data() -> None:
-    """Half of the answers are an earlier opponent's: the policy that is the data already moves away from that opponent."""
+    """Half of the answers are an earlier opponent's: the policy that is the data already moves away from that
+    opponent.
+    """
     mixture = torch.logaddexp(DATA, OPPONENT) - math.log(2)
     after = best_response(DATA, DATA, 1.0, generated=mixture)
     torch.testing.assert_close(error(after, DATA), error(DATA, mixture), rtol=0, atol=1e-6)
     assert error(after, DATA).flatten() @ error(OPPONENT, DATA).flatten() < -0.5
 
 
-# ------------------------------------------------------------------------------------------------------------------ bounds
+# ------------------------------------------------------------------------------------------------------------- bounds
 
 
 def test_correlation_loss_alone_is_unbounded_below() -> None:
@@ -276,7 +289,7 @@ def test_correlation_loss_alone_is_unbounded_below() -> None:
     assert 0 < steep < 1
 
 
-# ------------------------------------------------------------------------------------------- the first step is a step of SFT
+# ------------------------------------------------------------------------------------ the first step is a step of SFT
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
@@ -308,7 +321,9 @@ def test_first_gradient_is_that_of_sft_llama() -> None:
 
 
 def test_first_gradient_is_that_of_sft_sampled() -> None:
-    """64 batches of 256 sampled pairs: the mean is beta/2 times the SFT gradient, and the generated half adds its own noise and nothing else."""
+    """64 batches of 256 sampled pairs: the mean is beta/2 times the SFT gradient, and the generated half adds its own
+    noise and nothing else.
+    """
     model, beta, batches, size = llama(), 0.3, 64, 256
     policy, parameters = model.logps(), model.parameters()
     opponent = policy.detach()
@@ -316,9 +331,12 @@ def test_first_gradient_is_that_of_sft_sampled() -> None:
     expected = beta / 2 * flat_gradient(sft_objective(policy, data=data), parameters, retain_graph=True)
     generator = torch.Generator().manual_seed(0)
     samples = [draw_pairs(data, opponent, size, generator) for _ in range(batches)]
-    gradients = torch.stack([
-        flat_gradient(pairs_objective(policy, pairs, opponent=opponent, beta=beta), parameters, retain_graph=True) for pairs in samples
-    ])  # fmt: skip
+    gradients = torch.stack(
+        [
+            flat_gradient(pairs_objective(policy, pairs, opponent=opponent, beta=beta), parameters, retain_graph=True)
+            for pairs in samples
+        ]
+    )
 
     along = gradients @ (expected / expected.norm())
     standard_error = along.std() / math.sqrt(batches)
@@ -335,9 +353,9 @@ def test_first_gradient_is_that_of_sft_sampled() -> None:
     )  # has mean `noise` and standard deviation `spread`
     assert deviation < noise + 4 * spread
 
-    squares = torch.stack([
-        (flat_gradient(logp, parameters, retain_graph=True) ** 2).sum() for logp in policy.flatten()
-    ]).view_as(opponent)  # fmt: skip
+    squares = torch.stack(
+        [(flat_gradient(logp, parameters, retain_graph=True) ** 2).sum() for logp in policy.flatten()]
+    ).view_as(opponent)
     real = (beta / 2) ** 2 * (data.exp() * squares).sum() / len(data) - (expected**2).sum()
     generated = (beta / 2) ** 2 * (opponent.exp() * squares).sum() / len(data)
     assert (noise - (real + generated) / size).abs() < 4 * spread / math.sqrt(batches - 1)
@@ -346,7 +364,9 @@ def test_first_gradient_is_that_of_sft_sampled() -> None:
 
 @pytest.mark.parametrize("size", [1e-3, 1e-4])
 def test_first_step_raises_the_real_log_probs(size: float) -> None:
-    """By rate * beta/2 * |SFT gradient|^2 on the mean, to first order: a fall at the start is sampling noise or too large a step."""
+    """By rate * beta/2 * |SFT gradient|^2 on the mean, to first order: a fall at the start is sampling noise or too
+    large a step.
+    """
     model, beta = llama(), 0.3
     policy, parameters = model.logps(), model.parameters()
     opponent = policy.detach()
@@ -360,12 +380,14 @@ def test_first_step_raises_the_real_log_probs(size: float) -> None:
     assert gain == pytest.approx(size * beta / 2 * (sft**2).sum().item(), rel=100 * size)
 
 
-# -------------------------------------------------------------------------------------------------------- a finite number of pairs
+# ------------------------------------------------------------------------------------------- a finite number of pairs
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_pairs_of_equal_answers_only_dilute(loss: str) -> None:
-    """Where generated and real answer are the same the margin is zero whatever the policy does: loss(0), and no gradient."""
+    """Where generated and real answer are the same the margin is zero whatever the policy does: loss(0), and no
+    gradient.
+    """
     pairs = torch.tensor([[0, 1, 2], [1, 0, 5], [0, 3, 3], [1, 2, 2], [1, 4, 4], [0, 0, 0]])
     logits = random_policy(2, 6, seed=7).requires_grad_()
 
@@ -382,7 +404,9 @@ def test_pairs_of_equal_answers_only_dilute(loss: str) -> None:
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])
 def test_minimum_over_finite_pairs_counts_who_beat_whom(beta: float) -> None:
-    """A Bradley-Terry fit: real a beat generated b three times and lost once, so their log-ratio moves by log(3) / beta."""
+    """A Bradley-Terry fit: real a beat generated b three times and lost once, so their log-ratio moves by log(3) /
+    beta.
+    """
     opponent = random_policy(1, 3, seed=5)
     pairs = torch.tensor([[0, 0, 1]] * 3 + [[0, 1, 0]])
     logits = opponent.clone().requires_grad_()
@@ -393,7 +417,9 @@ def test_minimum_over_finite_pairs_counts_who_beat_whom(beta: float) -> None:
 
 @pytest.mark.parametrize("loss", ["logistic", "exponential"])
 def test_one_sided_pairs_have_no_minimum(loss: str) -> None:
-    """One pair a prompt, as in a run: the loss goes to zero only with the generated answer's probability, never at a policy."""
+    """One pair a prompt, as in a run: the loss goes to zero only with the generated answer's probability, never at a
+    policy.
+    """
     pairs, opponent = torch.tensor([[0, 0, 1], [1, 2, 3]]), random_policy(2, 6, seed=5)
     path = []
     for lift in (0.0, 10.0, 100.0, 1000.0):
