@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spin.config import Config, Truncated, at_iteration
+from megatron_spin.data.manifest import DataManifest
 from megatron_spin.data.pairs import BuiltPairs, Pair, build_pairs
 from megatron_spin.data.reading import Rejected
 from megatron_spin.data.rows import REJECTED, Row, hash_rows, save_rows
@@ -13,7 +14,7 @@ from megatron_spin.data.splits import draw, num_repeated, split
 from megatron_spin.data.templates import tokenizer_sha
 from megatron_spin.data.tokenization import Limits, Tokenized, dropped_words, load_tokenizer_and_limits, tokenize
 from megatron_spin.errors import DataError
-from megatron_spin.io import sha256, write_json
+from megatron_spin.io import sha256
 from megatron_spin.spin.objective import objective_class
 
 
@@ -33,8 +34,7 @@ class Prepared:
     """The rows of each file of ``evaluation.likelihood``."""
     pairs: BuiltPairs | None
     """For preferences, the pairs to train on, in the order of ``train``."""
-    manifest: dict[str, Any]
-    """Template, end token, tokenizer sha, ``identity`` and ``eval_identity``, counts of both files."""
+    manifest: DataManifest
 
     def save(self, directory: Path) -> None:
         """Writes the rows as Parquet files into ``directory``, and last ``manifest.json``."""
@@ -44,7 +44,7 @@ class Prepared:
             save_rows(directory / REJECTED, self.rejected)
         for name, rows in self.likelihood.items():
             save_rows(directory / f"likelihood_{name}.parquet", rows)
-        write_json(directory / "manifest.json", self.manifest)
+        self.manifest.save(directory)
 
 
 def prepare(config: Config) -> Prepared:
@@ -114,18 +114,18 @@ def prepare(config: Config) -> Prepared:
     if takes_preferences:
         eval_counts["with_rejected"] = len(rejected)
     eval_counts["prompts_also_trained_on"] = num_repeated(evaluated, train)
-    manifest = {
-        "template": config.data.template,
-        "end_token": tokenizer.convert_ids_to_tokens(limits.end),
-        "end_token_id": limits.end,
-        "tokenizer": tokenizer_sha(Path(config.model.hf)),
-        "files": {key: sha256(Path(file)) for key, file in config.data_files.items()},
-        "identity": hash_rows(train),
-        "eval_identity": hash_rows(evaluated),
-        "likelihood": {name: {"identity": hash_rows(rows), "kept": len(rows)} for name, rows in likelihood.items()},
-        "counts": counts,
-        "eval_counts": eval_counts,
-    }
+    manifest = DataManifest(
+        template=config.data.template,
+        end_token=str(tokenizer.convert_ids_to_tokens(limits.end)),
+        end_token_id=limits.end,
+        tokenizer=tokenizer_sha(Path(config.model.hf)),
+        files={key: sha256(Path(file)) for key, file in config.data_files.items()},
+        identity=hash_rows(train),
+        eval_identity=hash_rows(evaluated),
+        likelihood={name: {"identity": hash_rows(rows), "kept": len(rows)} for name, rows in likelihood.items()},
+        counts=counts,
+        eval_counts=eval_counts,
+    )
     return Prepared(train, evaluated, rejected, likelihood, pairs, manifest)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_spin.config import Config, Engine, Truncated, at_iteration
+from megatron_spin.data.manifest import DataManifest
 from megatron_spin.data.pairs import Pair, PairsManifest, build_pairs, previous_pairs, save_pairs
 from megatron_spin.data.rows import Row, hash_rows, load_rows
 from megatron_spin.errors import ConfigError, RunDirError
 from megatron_spin.generation.engine import answer_caps, engine_settings, open_session
 from megatron_spin.generation.shards import GeneratedRow, Origin, Shard, ShardStore, plan_shards
-from megatron_spin.io import read_json
 from megatron_spin.log import Progress, logger
 from megatron_spin.phases.opponent import Opponent, read_opponent
 from megatron_spin.run.directory import RunDir, Target
@@ -68,9 +68,9 @@ class Generate:
                 f"{config.training.objective} compares iteration 0's answers with later ones: their lengths would tell "
                 "them apart; give one value"
             )
-        self.manifest = read_json(self.run_dir.data / "manifest.json")
+        self.manifest = DataManifest.read(self.run_dir.data)
         self.rows = load_rows(self.run_dir.data / "train.parquet")
-        if hash_rows(self.rows) != self.manifest["identity"]:
+        if hash_rows(self.rows) != self.manifest.identity:
             raise RunDirError(
                 f"{self.run_dir.data / 'train.parquet'} is not what its manifest.json says: use a new --run-dir and "
                 "prepare again"
@@ -108,10 +108,10 @@ class Generate:
         settings = {
             **dataclasses.asdict(self.sampling),
             "max_length": self.config.data.max_length,
-            "end_token_id": self.manifest["end_token_id"],
+            "end_token_id": self.manifest.end_token_id,
             "dtype": self.config.precision.export_dtype,
         }
-        return Origin(opponent.identity, self.manifest["identity"], self.iteration, settings)
+        return Origin(opponent.identity, self.manifest.identity, self.iteration, settings)
 
     def _rows_to_answer(self) -> list[Row]:
         """All prompts once per sample; the real answers are capped as the generated ones are."""
@@ -129,7 +129,7 @@ class Generate:
             config,
             self.iteration,
             hf_dir=opponent.hf,
-            end_token_id=self.manifest["end_token_id"],
+            end_token_id=self.manifest.end_token_id,
             log=self.target.generated / "vllm.log",
         )
         done = total - sum(len(shard.rows) for shard in missing)
@@ -163,7 +163,7 @@ class Generate:
 
     def _write_pairs(self, opponent: Opponent, store: ShardStore, shards: Sequence[Shard]) -> PairsManifest:
         """Writes the pairs, with those of the iteration before if the config says so; returns their manifest."""
-        config, data = self.config, self.manifest["identity"]
+        config, data = self.config, self.manifest.identity
         answers = objective_class(config).answers
         previous: list[Pair] = []
         if config.spin.reuse_previous and self.iteration > 0:

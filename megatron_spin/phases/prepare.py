@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_spin.config import Config
+from megatron_spin.data.manifest import DataManifest
 from megatron_spin.data.pairs import TWO_ANSWERS, save_pairs
 from megatron_spin.data.preparation import prepare
 from megatron_spin.data.tokenization import dropped_words
@@ -33,15 +34,15 @@ class Prepare:
                 prepared.pairs,
                 answers=TWO_ANSWERS,
                 opponent=opponent.identity,
-                data=manifest["identity"],
+                data=manifest.identity,
             )
         logger.info(f"counts of the data:\n{counts_table(manifest, self.config)}")
-        return {"identity": manifest["identity"], "prompts": manifest["counts"]["kept"]}
+        return {"identity": manifest.identity, "prompts": manifest.counts["kept"]}
 
 
-def counts_table(manifest: dict[str, Any], config: Config) -> str:
-    """The counts of the data's ``manifest.json``, one line per count."""
-    counts, eval_counts = manifest["counts"], manifest["eval_counts"]
+def counts_table(manifest: DataManifest, config: Config) -> str:
+    """The counts of the data, one line per count."""
+    counts, eval_counts = manifest.counts, manifest.eval_counts
     lines = [("rows read", counts["read"])]
     for reason, count in counts["dropped"].items():
         lines.append((f"  dropped: {dropped_words(reason, config)}", count))
@@ -70,7 +71,7 @@ def counts_table(manifest: dict[str, Any], config: Config) -> str:
         lines.append(("  of these with a rejected answer", eval_counts["with_rejected"]))
     if eval_counts["prompts_also_trained_on"]:
         lines.append(("  of these also trained on", eval_counts["prompts_also_trained_on"]))
-    for name, part in manifest["likelihood"].items():
+    for name, part in manifest.likelihood.items():
         lines.append((f"answers of {name} for their NLL alone", part["kept"]))
     width = max(len(text) for text, _ in lines)
     return "\n".join(f"{text:<{width}}  {count:>12,}" for text, count in lines)

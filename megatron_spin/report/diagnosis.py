@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_spin.data.manifest import DataManifest
 from megatron_spin.data.pairs import load_pairs
 from megatron_spin.data.templates import decode, load_tokenizer
 from megatron_spin.errors import RunDirError
@@ -47,7 +48,7 @@ def read_diagnosis(root: Path) -> Diagnosis:
     target = run_dir.target(iteration=0)
     pairs, _ = load_pairs(target.pairs)
     tokenizer = load_tokenizer(Path(config.model.hf))
-    end = read_json(run_dir.data / "manifest.json")["end_token_id"]
+    end = DataManifest.read(run_dir.data).end_token_id
 
     def answers(sequences: Sequence[list[int]]) -> list[Answer]:
         texts = decode(tokenizer, sequences)

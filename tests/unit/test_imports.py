@@ -25,7 +25,7 @@ LIGHT = (
     "run",
     "spin/objective",
 )
-NEEDS_TORCH = {"megatron_spin.evaluation.answers", "megatron_spin.evaluation.logps"}
+NEEDS_TORCH = {f"megatron_spin.evaluation.{name}" for name in ("answers", "logps", "measurement")}
 HEAVY = ("torch", "megatron.core", "transformers", "vllm")
 
 IMPORT_EACH = f"""

@@ -46,7 +46,7 @@ def test_rows_limits_counts_and_split(model: Path, tmp_path: Path) -> None:
     ]
     config = from_dict(raw(model, write_jsonl(tmp_path / "d.jsonl", rows)))
     prepared = prepare(config)
-    counts = prepared.manifest["counts"]
+    counts = prepared.manifest.counts
     assert counts["dropped"] == {"empty_prompt": 1, "empty_answer": 1, "long_prompt": 1, "end_inside": 1}
     assert (counts["read"], counts["duplicates"], counts["held_out"] + counts["kept"]) == (35, 1, 31)
     assert counts["capped"] == sum(row.real_truncated for row in prepared.train + prepared.evaluation) > 0
@@ -71,7 +71,7 @@ def test_files_for_their_likelihood_alone(model: Path, tmp_path: Path) -> None:
     config["evaluation"] |= {"likelihood": files, "num_prompts": 4}
     prepared = prepare(from_dict(config))
     assert {name: len(rows) for name, rows in prepared.likelihood.items()} == {"own": 4, "other": 4}
-    assert prepared.manifest["likelihood"]["own"]["identity"] != prepared.manifest["likelihood"]["other"]["identity"]
+    assert prepared.manifest.likelihood["own"]["identity"] != prepared.manifest.likelihood["other"]["identity"]
     prepared.save(tmp_path)
     assert load_rows(tmp_path / "likelihood_other.parquet") == prepared.likelihood["other"]
     (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "", "response": "w1"}))
@@ -83,8 +83,8 @@ def test_rows_with_long_answers_are_dropped_rather_than_cut(model: Path, tmp_pat
     path = write_jsonl(tmp_path / "d.jsonl", sft_rows(30))
     every = prepare(from_dict(raw(model, path)))
     short = prepare(from_dict(raw(model, path, max_answer_length=6)))
-    capped, dropped = every.manifest["counts"]["capped"], short.manifest["counts"]["dropped"]
-    assert dropped == {"long_answer": capped} and capped > 0 and short.manifest["counts"]["capped"] == 0
+    capped, dropped = every.manifest.counts["capped"], short.manifest.counts["dropped"]
+    assert dropped == {"long_answer": capped} and capped > 0 and short.manifest.counts["capped"] == 0
     assert all(row.real_ids[-1] == EOS_ID for row in short.train + short.evaluation)
     with pytest.raises(DataError, match="30 answer longer than 1 tokens"):
         prepare(from_dict(raw(model, path, max_answer_length=1)))
@@ -107,7 +107,7 @@ def test_held_out_preferences_keep_their_rejected_answers(model: Path, tmp_path:
     path = write_jsonl(tmp_path / "pairs.jsonl", preferences(20))
     config = dpo(model, path, max_new_tokens=20)
     split = prepare(from_dict(config))
-    assert len(split.rejected) == len(split.evaluation) == split.manifest["eval_counts"]["with_rejected"] == 4
+    assert len(split.rejected) == len(split.evaluation) == split.manifest.eval_counts["with_rejected"] == 4
     rows = [{**row, "response": "w1"} for row in preferences(20)]  # columns of another format, too
     config["evaluation"] = {"path": str(write_jsonl(tmp_path / "more.jsonl", rows)), "num_prompts": 7}
     given = prepare(from_dict(config))
