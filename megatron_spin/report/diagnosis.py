@@ -15,7 +15,6 @@ from megatron_spin.errors import RunDirError
 from megatron_spin.evaluation.differences import Differences, differences
 from megatron_spin.evaluation.metrics import Answer
 from megatron_spin.evaluation.record import Evaluation
-from megatron_spin.io import read_json
 from megatron_spin.report.results import open_run
 from megatron_spin.report.table import Table
 from megatron_spin.report.terminal import print_table

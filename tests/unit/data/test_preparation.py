@@ -54,7 +54,8 @@ def test_rows_limits_counts_and_split(model: Path, tmp_path: Path) -> None:
     assert not train & held
     assert len(held) == 6
     for row in prepared.train + prepared.evaluation:
-        assert row.prompt_ids.count(BOS_ID) == 1 and row.prompt_ids[0] == BOS_ID
+        assert row.prompt_ids.count(BOS_ID) == 1
+        assert row.prompt_ids[0] == BOS_ID
         assert len(row.real_ids) <= 6
         assert (row.real_ids[-1] == EOS_ID) is not row.real_truncated
         assert row.real_ids.count(EOS_ID) == (not row.real_truncated)
@@ -84,7 +85,9 @@ def test_rows_with_long_answers_are_dropped_rather_than_cut(model: Path, tmp_pat
     every = prepare(from_dict(raw(model, path)))
     short = prepare(from_dict(raw(model, path, max_answer_length=6)))
     capped, dropped = every.manifest.counts["capped"], short.manifest.counts["dropped"]
-    assert dropped == {"long_answer": capped} and capped > 0 and short.manifest.counts["capped"] == 0
+    assert dropped == {"long_answer": capped}
+    assert capped > 0
+    assert short.manifest.counts["capped"] == 0
     assert all(row.real_ids[-1] == EOS_ID for row in short.train + short.evaluation)
     with pytest.raises(DataError, match="30 answer longer than 1 tokens"):
         prepare(from_dict(raw(model, path, max_answer_length=1)))
@@ -126,7 +129,8 @@ def test_held_out_preferences_keep_their_rejected_answers(model: Path, tmp_path:
 
     config["evaluation"] = {"path": str(write_jsonl(tmp_path / "sft.jsonl", sft_rows(9)))}
     without = prepare(from_dict(config))
-    assert without.evaluation and not without.rejected
+    assert without.evaluation
+    assert not without.rejected
     without.save(tmp_path / "other")
     assert not (tmp_path / "other/eval_rejected.parquet").exists()
 
@@ -137,13 +141,12 @@ def test_rejected_answers_that_were_cut_can_be_left_out(model: Path, tmp_path: P
     assert keep.pairs is not None
     assert drop.pairs is not None
     cut = keep.pairs.counts["truncated"]
-    assert (
-        0 < cut < 16 == len(keep.pairs.pairs)
-        and drop.pairs.counts["dropped"] == cut
-        and len(drop.pairs.pairs) == 16 - cut
-    )
+    assert 0 < cut < 16 == len(keep.pairs.pairs)
+    assert drop.pairs.counts["dropped"] == cut
+    assert len(drop.pairs.pairs) == 16 - cut
     assert all(pair.finish_reason == "stop" for pair in drop.pairs.pairs)
-    assert drop.train == keep.train and "pairs left out" in counts_table(drop.manifest, from_dict(dpo(model, path)))
+    assert drop.train == keep.train
+    assert "pairs left out" in counts_table(drop.manifest, from_dict(dpo(model, path)))
 
 
 def test_held_out_answers_may_be_longer_than_those_trained_on(model: Path, tmp_path: Path) -> None:
@@ -151,12 +154,10 @@ def test_held_out_answers_may_be_longer_than_those_trained_on(model: Path, tmp_p
     capped = prepare(from_dict(config))
     config["evaluation"]["max_new_tokens"] = 20
     prepared = prepare(from_dict(config))
-    assert prepared.train == capped.train and [row.index for row in prepared.evaluation] == [
-        row.index for row in capped.evaluation
-    ]
-    assert any(row.real_truncated for row in prepared.train) and not any(
-        row.real_truncated for row in prepared.evaluation
-    )
+    assert prepared.train == capped.train
+    assert [row.index for row in prepared.evaluation] == [row.index for row in capped.evaluation]
+    assert any(row.real_truncated for row in prepared.train)
+    assert not any(row.real_truncated for row in prepared.evaluation)
 
 
 def test_draw_is_by_seed_and_nested(model: Path, tmp_path: Path) -> None:
@@ -165,7 +166,8 @@ def test_draw_is_by_seed_and_nested(model: Path, tmp_path: Path) -> None:
         prepare(from_dict(raw(model, path, num_prompts=n, seed=s))).train for n, s in ((5, 0), (10, 0), (10, 1))
     )
     assert few == more[:5]
-    assert len(more) == 10 and more != other
+    assert len(more) == 10
+    assert more != other
 
 
 @pytest.mark.parametrize(

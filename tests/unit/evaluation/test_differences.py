@@ -76,10 +76,8 @@ def test_the_verdict_follows_the_measured_accuracy(accuracy: float, error: float
     same = answers(["a b"] * 4)
     result = Diagnosis(differences(same, same), 10, 100, accuracy, error, 0.25)
     said = verdict(result)
-    assert (
-        said[0].startswith("100.0% of the generated answers equal")
-        and words in said[1]
-        and said[2].startswith("No phrase")
-    )
+    assert said[0].startswith("100.0% of the generated answers equal")
+    assert words in said[1]
+    assert said[2].startswith("No phrase")
     assert lines(result)[0] == ["tokens of an answer", "3.0", "3.0"]
     assert result.differences.length_difference == Mean(0.0, 0.0)

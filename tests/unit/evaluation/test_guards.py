@@ -98,22 +98,16 @@ def value(seen: Measures, guard: str) -> float | None:
         (measures(nll_per_token=math.inf, nll_per_token_error=math.nan), ["nll_rise"]),
         (measures(nll_per_token=0.8, opponent={"nll_per_token": math.nan}), ["nll_rise"]),
         (measures(truncated_fraction=0.3), ["end_of_answer"]),
-        (
-            measures(truncated_fraction=0.0, truncated_fraction_greedy=0.96, nll_per_token=0.9),
-            ["end_of_answer"],
-        ),  # what samples hide
+        # what samples hide
+        (measures(truncated_fraction=0.0, truncated_fraction_greedy=0.96, nll_per_token=0.9), ["end_of_answer"]),
         (measures(truncated_fraction=0.6, opponent={"truncated_fraction": 0.9}), []),  # as bad as it is, it got better
-        (
-            measures(truncated_fraction=0.125, num_prompts=8, opponent={"truncated_fraction": 0.0}),
-            [],
-        ),  # one of eight prompts
+        # one of eight prompts
+        (measures(truncated_fraction=0.125, num_prompts=8, opponent={"truncated_fraction": 0.0}), []),
         (measures(mean_response_tokens=60.0), ["length"]),
         (measures(mean_response_tokens=170.0), ["length"]),
         (measures(mean_response_tokens=0.0), ["length"]),
-        (
-            measures(mean_response_tokens=50.0, opponent={"mean_response_tokens": 30.0}),
-            [],
-        ),  # on the way to the real length
+        # on the way to the real length
+        (measures(mean_response_tokens=50.0, opponent={"mean_response_tokens": 30.0}), []),
         (measures(mean_response_tokens=math.nan), ["length"]),
         (measures(repeated_fraction=0.4), ["repetition"]),
         (measures(repeated_fraction_greedy=0.5), ["repetition"]),
@@ -153,18 +147,16 @@ def test_saturated_counts_the_steps_until_it_stays_so(first: int, expected: bool
     assert ("saturated" in tripped(seen)) is expected
     assert value(seen, "saturated") == (first if first <= STEPS - 2 else None)
     steps[-1]["accuracy"] = 0.0  # more than one in a hundred was lost later on
-    assert (
-        value(measures(steps=steps[: first + 10]), "saturated") in (first, None)
-        and value(measures(steps=steps), "saturated") is None
-    )
+    assert value(measures(steps=steps[: first + 10]), "saturated") in (first, None)
+    assert value(measures(steps=steps), "saturated") is None
 
 
 def test_what_is_not_there_is_said_and_does_not_trip() -> None:
     blind = Measures(0.1, curve(), manifest(10, identical=1))
     unseen = {verdict.guard: verdict.said for verdict in judge(GuardsConfig(), blind) if verdict.tripped is None}
-    assert list(unseen) == ["nll_rise", "end_of_answer", "length", "repetition"] and all(
-        "no evaluation" in said for said in unseen.values()
-    )
+    assert list(unseen) == ["nll_rise", "end_of_answer", "length", "repetition"]
+    for said in unseen.values():
+        assert "no evaluation" in said
     older = measures(repeated_fraction=None, steps=[{**row, "identical": None} for row in curve()])
     assert {verdict.guard for verdict in judge(GuardsConfig(), older) if verdict.tripped is None} == {
         "repetition",
@@ -178,13 +170,12 @@ def guards_of(**sections: Any) -> GuardsConfig:
 
 def test_the_gravest_action_counts_and_off_does_not_look() -> None:
     bad = measures(nll_per_token=2.0, mean_response_tokens=10.0, identical=1000)
-    assert outcome(judge(GuardsConfig(), bad)) == "warn" and outcome(judge(GuardsConfig(), measures())) == "pass"
-    guards = guards_of(
-        nll_rise={"action": "rollback"}, length={"action": "stop"}, converged={"action": False}
-    )  # a bare off is YAML's false
-    assert outcome(judge(guards, bad)) == "stop" and "converged" not in [
-        verdict.guard for verdict in judge(guards, bad)
-    ]
+    assert outcome(judge(GuardsConfig(), bad)) == "warn"
+    assert outcome(judge(GuardsConfig(), measures())) == "pass"
+    # A bare off is YAML's false.
+    guards = guards_of(nll_rise={"action": "rollback"}, length={"action": "stop"}, converged={"action": False})
+    assert outcome(judge(guards, bad)) == "stop"
+    assert "converged" not in [verdict.guard for verdict in judge(guards, bad)]
     assert outcome(judge(guards_of(nll_rise={"action": "rollback"}), bad)) == "rollback"
     assert outcome(judge(guards_of(nll_rise={"action": "rollback"}), measures())) == "pass"
 
@@ -192,15 +183,11 @@ def test_the_gravest_action_counts_and_off_does_not_look() -> None:
 def test_a_line_says_what_was_measured_the_threshold_and_what_to_do() -> None:
     for verdict in judge(GuardsConfig(), measures(nll_per_token=2.0)):
         line = verdict.line
-        assert (
-            verdict.said in line
-            and f"guards.{verdict.guard}.threshold is {verdict.threshold:g}: " in line
-            and "\n" not in line
-        )
-    assert (
-        "held-out NLL per token is 2.0000, the opponent's 1.0000 (+100%)"
-        in judge(GuardsConfig(), measures(nll_per_token=2.0))[1].line
-    )
+        assert verdict.said in line
+        assert f"guards.{verdict.guard}.threshold is {verdict.threshold:g}: " in line
+        assert "\n" not in line
+    line = judge(GuardsConfig(), measures(nll_per_token=2.0))[1].line
+    assert "held-out NLL per token is 2.0000, the opponent's 1.0000 (+100%)" in line
 
 
 def test_settings_survive_yaml_and_are_checked(tmp_path: Path) -> None:
@@ -210,7 +197,8 @@ def test_settings_survive_yaml_and_are_checked(tmp_path: Path) -> None:
     config = from_dict({**BASE, "guards": {"length": {"action": "off", "threshold": 2}, "saturated": {"threshold": 9}}})
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
-    assert load_config(path) == config and load_config(path, ["guards.length.action=off"]) == config
+    assert load_config(path) == config
+    assert load_config(path, ["guards.length.action=off"]) == config
     made = {"prepare", "import", "train:0", "evaluate:0"}
     assert {change.phase for change in changes(config, from_dict(BASE), made)} == {None}  # may change in a run
     for bad, message in {
@@ -263,7 +251,9 @@ def test_any_figures_give_a_verdict_of_every_guard(
         GuardsConfig(), measures(steps=rows, identical=identical, opponent=opponent, **policy)
     )
     assert [verdict.guard for verdict in verdicts] == list(GuardsConfig().by_name())
-    assert all(verdict.tripped is not None and verdict.line for verdict in verdicts)
+    for verdict in verdicts:
+        assert verdict.tripped is not None
+        assert verdict.line
     if math.isnan(nll[0]) or math.isnan(share[0]):
         assert any(verdict.tripped for verdict in verdicts)
 

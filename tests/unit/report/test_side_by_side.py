@@ -50,7 +50,8 @@ def test_everyone_answers_the_same_prompt(run: Path) -> None:
         ("SPIN 1", "sampled iteration_1", False),
     ]
     greedy = read_shown(run, count=9, decoding="greedy")
-    assert len(greedy) == 3 and greedy[0].answers[1] == ("SFT", "greedy baselines/sft", False)
+    assert len(greedy) == 3
+    assert greedy[0].answers[1] == ("SFT", "greedy baselines/sft", False)
 
 
 def test_an_unfinished_run_has_fewer_models_and_an_old_one_knows_no_cuts(run: Path) -> None:
@@ -60,8 +61,9 @@ def test_an_unfinished_run_has_fewer_models_and_an_old_one_knows_no_cuts(run: Pa
     del old["cut"]
     write_jsonl(run / "baselines/sft/samples.jsonl", [old])
     (shown,) = read_shown(run, count=5, decoding="sampled")
-    assert [name for name, _, _ in shown.answers] == ["real", "SFT", "SPIN 0"] and shown.index == 2
-    assert not any(cut for _, _, cut in shown.answers)
+    assert [answer.name for answer in shown.answers] == ["real", "SFT", "SPIN 0"]
+    assert shown.index == 2
+    assert not any(answer.cut for answer in shown.answers)
 
 
 def test_text_stays_text(run: Path) -> None:
@@ -74,19 +76,20 @@ def test_text_stays_text(run: Path) -> None:
     start = lines.index(f"{fence}text")
     end = lines.index(fence)
     inside = lines[start + 1 : end]
-    assert inside[:2] == ["#### 18 **bold**", ""] and "````python" in inside and max(map(len, inside)) <= WIDTH
-    assert " ".join(inside).split() == text.split() and "  word word" in "\n".join(inside)
+    assert inside[:2] == ["#### 18 **bold**", ""]
+    assert "````python" in inside
+    assert max(map(len, inside)) <= WIDTH
+    assert " ".join(inside).split() == text.split()
+    assert "  word word" in "\n".join(inside)
     assert [line for line in lines[:start] if line.startswith("**")] == [
         "**real**",
         "**SFT** (cut)",
         "**more**",
         "**SPIN 0**",
     ]
-    assert (
-        "one sample at temperature 1" in page
-        and "SFT is the model that the run began with" in page
-        and page.endswith("\n")
-    )
+    assert "one sample at temperature 1" in page
+    assert "SFT is the model that the run began with" in page
+    assert page.endswith("\n")
 
 
 @pytest.mark.parametrize(
