@@ -83,7 +83,7 @@ def _evaluations(run_dir: RunDir) -> dict[str, Evaluation]:
     evaluations = {}
     for _, target in compared_models(load_config(run_dir.config), run_dir):
         if target.eval.exists():
-            evaluations[target.label] = Evaluation.read(target.eval)
+            evaluations[target.label] = Evaluation.load(target.eval)
     return evaluations
 
 

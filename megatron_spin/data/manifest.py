@@ -39,7 +39,7 @@ class DataManifest:
         write_json(directory / NAME, dataclasses.asdict(self))
 
     @classmethod
-    def read(cls, directory: Path) -> "DataManifest":
+    def load(cls, directory: Path) -> "DataManifest":
         """Reads ``manifest.json``; one of an earlier version may lack files of ``evaluation.likelihood`` and hashes.
 
         Raises:

@@ -35,7 +35,7 @@ class HeldOut:
     end_token_id: int
 
     @classmethod
-    def read(cls, config: Config, directory: Path) -> "HeldOut":
+    def load(cls, config: Config, directory: Path) -> "HeldOut":
         """Reads what prepare left in ``directory``.
 
         Raises:
@@ -54,7 +54,7 @@ class HeldOut:
             rows=rows,
             rejected=load_rows(rejected) if rejected.exists() else None,
             likelihood=likelihood,
-            end_token_id=DataManifest.read(directory).end_token_id,
+            end_token_id=DataManifest.load(directory).end_token_id,
         )
 
 

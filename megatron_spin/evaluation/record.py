@@ -190,7 +190,7 @@ class Evaluation:
         )
 
     @classmethod
-    def read(cls, path: Path) -> "Evaluation":
+    def load(cls, path: Path) -> "Evaluation":
         """Reads an ``eval.json``.
 
         Raises:

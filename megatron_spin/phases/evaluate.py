@@ -37,7 +37,7 @@ class Evaluate:
             DataError: there are no held-out rows.
         """
         self.model = EvaluatedModel.of(self.config, self.target)
-        self.held_out = HeldOut.read(self.config, self.run_dir.data)
+        self.held_out = HeldOut.load(self.config, self.run_dir.data)
 
     def run(self) -> dict[str, Any]:
         """Measures.

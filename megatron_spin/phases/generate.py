@@ -68,7 +68,7 @@ class Generate:
                 f"{config.training.objective} compares iteration 0's answers with later ones: their lengths would tell "
                 "them apart; give one value"
             )
-        self.manifest = DataManifest.read(self.run_dir.data)
+        self.manifest = DataManifest.load(self.run_dir.data)
         self.rows = load_rows(self.run_dir.data / "train.parquet")
         if hash_rows(self.rows) != self.manifest.identity:
             raise RunDirError(

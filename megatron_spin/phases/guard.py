@@ -58,8 +58,8 @@ class Guard:
             beta=at_iteration(config.spin.beta, self.iteration),
             steps=read_json_lines(self.target.metrics),
             pairs=PairsManifest.load(self.target.pairs),
-            policy=Evaluation.read(self.target.eval) if evaluates else None,
-            opponent=Evaluation.read(opponent.eval) if evaluates else None,
+            policy=Evaluation.load(self.target.eval) if evaluates else None,
+            opponent=Evaluation.load(opponent.eval) if evaluates else None,
         )
 
     def run(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def read_diagnosis(root: Path) -> Diagnosis:
     target = run_dir.target(iteration=0)
     pairs, _ = load_pairs(target.pairs)
     tokenizer = load_tokenizer(Path(config.model.hf))
-    end = DataManifest.read(run_dir.data).end_token_id
+    end = DataManifest.load(run_dir.data).end_token_id
 
     def answers(sequences: Sequence[list[int]]) -> list[Answer]:
         texts = decode(tokenizer, sequences)
@@ -55,7 +55,7 @@ def read_diagnosis(root: Path) -> Diagnosis:
 
     real = answers([pair.real_ids for pair in pairs])
     generated = answers([pair.generated_ids for pair in pairs])
-    evaluation = Evaluation.read(target.eval)
+    evaluation = Evaluation.load(target.eval)
     opponent = evaluation.logps.opponent
     if opponent is None or opponent.accuracy.value is None or opponent.ties is None:
         raise RunDirError(f"{target.eval} compares with no opponent: probe again in a new run directory")

@@ -118,7 +118,7 @@ def read_results(root: Path) -> Results:
     evaluated = []
     for name, target in compared_models(config, run_dir):
         if target.eval.exists():
-            evaluated.append(Evaluated(name, target.iteration, Evaluation.read(target.eval)))
+            evaluated.append(Evaluated(name, target.iteration, Evaluation.load(target.eval)))
     curves = [read_json_lines(run_dir.target(iteration=t).metrics) for t in range(num_iterations(config))]
     curves = [curve for curve in curves if curve]
     if not evaluated and not curves:

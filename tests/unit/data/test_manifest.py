@@ -25,7 +25,7 @@ MANIFEST = DataManifest(
 
 def test_round_trip(tmp_path: Path) -> None:
     MANIFEST.save(tmp_path)
-    assert DataManifest.read(tmp_path) == MANIFEST
+    assert DataManifest.load(tmp_path) == MANIFEST
     assert list(read_json(tmp_path / "manifest.json")) == [field.name for field in dataclasses.fields(MANIFEST)]
 
 
@@ -33,12 +33,12 @@ def test_earlier_versions_hashed_no_files_and_knew_no_likelihood(tmp_path: Path)
     values = dataclasses.asdict(MANIFEST)
     del values["files"], values["likelihood"]
     write_json(tmp_path / "manifest.json", values)
-    assert DataManifest.read(tmp_path) == dataclasses.replace(MANIFEST, files={}, likelihood={})
+    assert DataManifest.load(tmp_path) == dataclasses.replace(MANIFEST, files={}, likelihood={})
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunDirError, match="an earlier phase has not run"):
-        DataManifest.read(tmp_path)
+        DataManifest.load(tmp_path)
     write_json(tmp_path / "manifest.json", {"template": "none"})
     with pytest.raises(RunDirError, match="has no end_token: another version"):
-        DataManifest.read(tmp_path)
+        DataManifest.load(tmp_path)

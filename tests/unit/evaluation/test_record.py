@@ -78,7 +78,7 @@ def test_a_model_without_an_opponent_has_only_its_null() -> None:
 def test_what_is_read_is_what_was_written(tmp_path: Path, opponent: OpponentMeasures | None) -> None:
     path = tmp_path / "eval.json"
     write_json(path, evaluation(opponent).to_json())
-    assert Evaluation.read(path) == evaluation(opponent)
+    assert Evaluation.load(path) == evaluation(opponent)
 
 
 def test_a_measure_by_its_key() -> None:
@@ -100,7 +100,7 @@ def test_files_of_earlier_versions_lack_some_measures(tmp_path: Path) -> None:
         del values[key]
     del values["patterns"]["careless"]["exact_match_without"]
     (tmp_path / "eval.json").write_text(json.dumps(values))
-    read = Evaluation.read(tmp_path / "eval.json")
+    read = Evaluation.load(tmp_path / "eval.json")
     assert read.logps.likelihood == {}
     assert read.logps.opponent is not None
     assert read.logps.opponent.ties is None
@@ -113,4 +113,4 @@ def test_files_of_earlier_versions_lack_some_measures(tmp_path: Path) -> None:
 def test_a_file_that_holds_no_evaluation(tmp_path: Path, text: str) -> None:
     (tmp_path / "eval.json").write_text(text)
     with pytest.raises(RunDirError, match="is no evaluation"):
-        Evaluation.read(tmp_path / "eval.json")
+        Evaluation.load(tmp_path / "eval.json")
