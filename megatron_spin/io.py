@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -13,11 +14,10 @@ from megatron_spin.errors import RunDirError
 
 @contextlib.contextmanager
 def atomic_writer(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside ``path`` that replaces it when the block ends without an exception; else nothing
-    changes.
-    """
+    """Opens a temporary file beside ``path``, which it replaces if the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Process ids alone would not do: two hosts that share a file system may have the same.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, mode) as file:
             yield file
@@ -29,11 +29,15 @@ def atomic_writer(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+def json_text(value: Any) -> str:
+    """``value`` as indented JSON."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, whole or not at all."""
     with atomic_writer(path) as file:
-        json.dump(value, file, indent=1, sort_keys=False, ensure_ascii=False)
-        file.write("\n")
+        file.write(json_text(value))
 
 
 def read_json(path: Path) -> Any:

@@ -4,14 +4,13 @@ The package reads it for one purpose: a run directory of an earlier version has 
 """
 
 import dataclasses
-import json
 import os
 import secrets
 import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_spin.io import read_json, write_json
+from megatron_spin.io import atomic_writer, json_text, read_json
 from megatron_spin.run import records
 from megatron_spin.run.records import PhaseRecord, kind_and_label
 
@@ -71,18 +70,12 @@ def write_snapshot(root: Path) -> None:
     """
     path = root / "state.json"
     while True:
-        state = snapshot(records.read_records(root))
-        if _is(path, state):
+        # As text, since a verdict may hold NaN, which does not equal itself.
+        text = json_text(snapshot(records.read_records(root)))
+        if path.exists() and path.read_text() == text:
             return
-        write_json(path, state)
-
-
-def _is(path: Path, state: dict[str, Any]) -> bool:
-    try:
-        found: bool = json.loads(path.read_text()) == state
-    except (FileNotFoundError, ValueError):
-        return False
-    return found
+        with atomic_writer(path) as file:
+            file.write(text)
 
 
 def records_of(state: dict[str, Any]) -> list[PhaseRecord]:
