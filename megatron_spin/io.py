@@ -73,8 +73,7 @@ def read_json_lines(path: Path) -> list[Any]:
         try:
             values.append(json.loads(line))
         except json.JSONDecodeError as error:
-            problem = f"{path} line {number} is damaged ({error})"
-            raise RunDirError(f"{problem}: delete the file and run the phase again") from None
+            raise RunDirError(f"{path} line {number} is not JSON ({error}): restore the file") from None
     return values
 
 

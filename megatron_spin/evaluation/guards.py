@@ -8,12 +8,13 @@ trips it.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
 from megatron_spin.config.guards import Action, GuardsConfig
 from megatron_spin.data.pairs import PairsManifest
 from megatron_spin.evaluation.record import Evaluation, Mean
+from megatron_spin.run.step_metrics import StepMetrics
 
 Outcome: TypeAlias = Literal["pass", "warn", "rollback", "stop"]
 ORDER: tuple[Outcome, ...] = ("pass", "warn", "rollback", "stop")
@@ -41,8 +42,7 @@ class Measures:
 
     beta: float
     """The iteration's ``spin.beta``."""
-    steps: Sequence[Mapping[str, Any]]
-    """Rows of ``metrics.jsonl``."""
+    steps: Sequence[StepMetrics]
     pairs: PairsManifest
     """Of the training pairs."""
     policy: Evaluation | None = None
@@ -79,9 +79,10 @@ class Measures:
         """
         values = []
         for row in self.steps:
-            if row.get(key) is None:
+            value = row.values.get(key)
+            if value is None:
                 raise UnseenError(f"metrics.jsonl has no {key}")
-            values.append(float(row[key]))
+            values.append(float(value))
         if not values:
             raise UnseenError(f"metrics.jsonl has no {key}")
         return values

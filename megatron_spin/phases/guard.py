@@ -13,11 +13,11 @@ from megatron_spin.data.pairs import PairsManifest
 from megatron_spin.errors import ConfigError, GuardError, RunDirError
 from megatron_spin.evaluation.guards import Measures, Verdict, judge, outcome
 from megatron_spin.evaluation.record import Evaluation
-from megatron_spin.io import read_json_lines
 from megatron_spin.log import logger
 from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.run.records import PhaseRecord
 from megatron_spin.run.result import guard_settings, result_of
+from megatron_spin.run.step_metrics import load_step_metrics
 from megatron_spin.spin.objective import objective_class
 
 
@@ -56,7 +56,7 @@ class Guard:
             opponent = self.run_dir.target(iteration=self.iteration - 1)
         self._measures = Measures(
             beta=at_iteration(config.spin.beta, self.iteration),
-            steps=read_json_lines(self.target.metrics),
+            steps=load_step_metrics(self.target.metrics),
             pairs=PairsManifest.load(self.target.pairs),
             policy=Evaluation.load(self.target.eval) if evaluates else None,
             opponent=Evaluation.load(opponent.eval) if evaluates else None,

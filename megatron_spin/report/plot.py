@@ -83,10 +83,14 @@ def _points(results: Results, key: str) -> list[tuple[list[int], list[float]]]:
     points = []
     before = 0
     for curve in results.curves:
-        rows = [row for row in curve if row.get(key) is not None]
-        steps = [before + row["step"] for row in rows]
-        points.append((steps, [float(row[key]) for row in rows]))
-        before += curve[-1]["step"]
+        steps, values = [], []
+        for row in curve:
+            value = row.values.get(key)
+            if value is not None:
+                steps.append(before + row.step)
+                values.append(value)
+        points.append((steps, values))
+        before += curve[-1].step
     return points
 
 
@@ -112,7 +116,7 @@ def _mark_iterations(ax: Any, results: Results) -> None:
     before = 0
     title = objective_class(results.config).title
     for number, curve in enumerate(results.curves):
-        after = before + curve[-1]["step"]
+        after = before + curve[-1].step
         if number % 2:
             ax.axvspan(before + 0.5, after + 0.5, color=BAND, zorder=0)
         if len(results.curves) > 1:

@@ -14,10 +14,10 @@ from megatron_spin.data.rows import load_rows
 from megatron_spin.data.templates import decode, load_tokenizer
 from megatron_spin.errors import RunDirError
 from megatron_spin.evaluation.record import Evaluation
-from megatron_spin.io import read_json_lines
 from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.run.result import Result
 from megatron_spin.run.state import snapshot
+from megatron_spin.run.step_metrics import StepMetrics, load_step_metrics
 from megatron_spin.spin.objective import Objective, num_iterations, objective_class
 
 
@@ -56,8 +56,8 @@ class Results:
     config: Config
     evaluated: list[Evaluated]
     """The measured models in the order of the comparison: the starting model, continued SFT, then the iterations."""
-    curves: list[list[dict[str, Any]]]
-    """``metrics.jsonl`` of each iteration."""
+    curves: list[list[StepMetrics]]
+    """The steps of each iteration."""
     phases: list[Phase]
     """In the order in which they finished."""
     data_patterns: dict[str, float]
@@ -119,7 +119,7 @@ def read_results(root: Path) -> Results:
     for name, target in compared_models(config, run_dir):
         if target.eval.exists():
             evaluated.append(Evaluated(name, target.iteration, Evaluation.load(target.eval)))
-    curves = [read_json_lines(run_dir.target(iteration=t).metrics) for t in range(num_iterations(config))]
+    curves = [load_step_metrics(run_dir.target(iteration=t).metrics) for t in range(num_iterations(config))]
     curves = [curve for curve in curves if curve]
     if not evaluated and not curves:
         raise RunDirError(f"{root} has neither an eval.json nor a metrics.jsonl yet: run tools/spin.sh first")

@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_spin.io import atomic_writer
 from megatron_spin.log import Progress
+from megatron_spin.run.step_metrics import load_step_metrics
 
 CONTRACT = ("loss", "margin", "accuracy", "real_logps", "generated_logps", "real_reward", "generated_reward")
 """Means over the prompts of a step that every row has; null where the objective does not report them."""
@@ -58,9 +59,10 @@ class MetricsWriter:
         self.enabled = enabled
         if not enabled:
             return
-        kept = [line for line in _complete_lines(jsonl) if json.loads(line)["step"] <= step]
+        kept = [row for row in load_step_metrics(jsonl) if row.step <= step]
         with atomic_writer(jsonl) as file:
-            file.writelines(f"{line}\n" for line in kept)
+            for row in kept:
+                file.write(json.dumps(row.values) + "\n")
         self._file = open(jsonl, "a")  # noqa: SIM115 (closed in __exit__)
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=step + 1)
         self._progress = Progress(label, total=total, done=step, unit="step", shown=True)
@@ -96,11 +98,3 @@ class MetricsWriter:
         if self.enabled:
             os.fsync(self._file.fileno())
             self._tensorboard.flush()
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """The whole JSON lines of a file whose last line a kill may have cut."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [line for line in lines[:-1] if line]  # what follows the last newline is cut

@@ -13,6 +13,7 @@ from megatron_spin.data.pairs import PairsManifest
 from megatron_spin.errors import ConfigError
 from megatron_spin.evaluation.guards import Measures, Verdict, judge, outcome
 from megatron_spin.evaluation.record import Evaluation
+from megatron_spin.run.step_metrics import StepMetrics
 
 STEPS = 40
 BASE: dict[str, Any] = {"name": "n", "model": {"hf": "m"}, "data": {"path": "d"}}
@@ -70,10 +71,17 @@ def manifest(num_pairs: int, *, identical: int) -> PairsManifest:
 def measures(
     *, identical: int = 300, steps: list[dict[str, Any]] | None = None, opponent: Any = None, **policy: Any
 ) -> Measures:
-    pairs = manifest(1000, identical=identical)
     return Measures(
-        0.1, curve() if steps is None else steps, pairs, evaluation(**policy), evaluation(**(opponent or {}))
+        beta=0.1,
+        steps=rows(curve() if steps is None else steps),
+        pairs=manifest(1000, identical=identical),
+        policy=evaluation(**policy),
+        opponent=evaluation(**(opponent or {})),
     )
+
+
+def rows(steps: list[dict[str, Any]]) -> list[StepMetrics]:
+    return [StepMetrics(step["step"], step) for step in steps]
 
 
 def tripped(seen: Measures, guards: GuardsConfig | None = None) -> list[str]:
@@ -152,7 +160,7 @@ def test_saturated_counts_the_steps_until_it_stays_so(first: int, expected: bool
 
 
 def test_what_is_not_there_is_said_and_does_not_trip() -> None:
-    blind = Measures(0.1, curve(), manifest(10, identical=1))
+    blind = Measures(0.1, rows(curve()), manifest(10, identical=1))
     unseen = {verdict.guard: verdict.said for verdict in judge(GuardsConfig(), blind) if verdict.tripped is None}
     assert list(unseen) == ["nll_rise", "end_of_answer", "length", "repetition"]
     for said in unseen.values():
@@ -245,10 +253,10 @@ def test_any_figures_give_a_verdict_of_every_guard(
         "repeated_fraction_greedy": share[1],
         "mean_response_tokens": tokens[2],
     }
-    rows = curve()
-    rows[-1] |= {"real_reward": change, "margin": change}
+    steps = curve()
+    steps[-1] |= {"real_reward": change, "margin": change}
     verdicts: list[Verdict] = judge(
-        GuardsConfig(), measures(steps=rows, identical=identical, opponent=opponent, **policy)
+        GuardsConfig(), measures(steps=steps, identical=identical, opponent=opponent, **policy)
     )
     assert [verdict.guard for verdict in verdicts] == list(GuardsConfig().by_name())
     for verdict in verdicts:
