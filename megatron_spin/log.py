@@ -154,6 +154,7 @@ class Progress:
         self._bar: tqdm.tqdm[Any] | None = None
 
     def __enter__(self) -> "Progress":
+        self._started = self._last_time = time.monotonic()
         self._terminal = _open_terminal() if self._shown else None
         if self._terminal is not None:
             from tqdm import tqdm
@@ -191,7 +192,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif self._shown and self._done < self._total and self._is_time_for_a_line(before):
+        elif self._shown and self._first < self._done < self._total and self._is_time_for_a_line(before):
             self._last_time = time.monotonic()
             self._say_progress()
 

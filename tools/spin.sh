@@ -159,12 +159,15 @@ fail() {
   # A rank that was killed is the cause; that its peers lost their connection to it is the consequence.
   if ((code == 1)) && { ((exit_code > 128)) || grep -qs 'exitcode *: -9' "$ranks_log"; }; then
     message="a process of $phase was killed by a signal (the kernel does that when memory runs out); its log is $log"
-    [[ ! -t 2 ]] || printf '\n' >&2 # a bar that nobody ended may be on this line
   elif [[ -z $message ]]; then
     message="$phase ended with status $exit_code and no message; its log is $log"
   fi
+  # A rank that was stopped because another failed leaves its bar on this line.
+  [[ ! -t 2 ]] || printf '\n' >&2
   printf 'error: %s\n' "$message" | tee -a -- "$log" >&2
-  printf '%s did not finish (logs: %s*); the same command tries it again\n' "$phase" "${log%log}"
+  # A guard that stops a run says itself what to do: the same command would only stop again.
+  [[ $phase == guard:* && $code == 2 ]] ||
+    printf '%s did not finish (logs: %s*); the same command tries it again\n' "$phase" "${log%log}"
   ((code == 2)) || code=1
   exit "$code"
 }
@@ -180,7 +183,7 @@ main() {
   export PYTHONWARNINGS=${PYTHONWARNINGS-ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning}
   # The phases write into pipes: this is where their bars go, past the logs.
   if [[ -t 2 ]]; then
-    SPIN_TERMINAL=$(tty <&2)
+    SPIN_TERMINAL=$(tty <&2) || SPIN_TERMINAL='' # a terminal may have no name here, as in some containers
     export SPIN_TERMINAL
   fi
   read_plan --check

@@ -49,11 +49,12 @@ def carry_out(
         logger.info(f"{name} is already done")
         return
     started = time.monotonic()
+    # Lines of a run that does not exist yet are lost: a check that refuses leaves no directory behind.
+    open_run_log(run_dir.log, phase=name)
     phase = start()
     phase.check()
     if rank() == 0:
         run_dir.open(config, changes)
-    open_run_log(run_dir.log, phase=name)
     details = phase.run()
     if rank() == 0:
         seconds = time.monotonic() - started

@@ -8,12 +8,13 @@ import dataclasses
 from typing import Any
 
 from megatron_spin.config import Config
-from megatron_spin.errors import RunDirError
+from megatron_spin.errors import ConfigError, RunDirError
 from megatron_spin.io import write_json
 from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.run.plan import Plan
-from megatron_spin.run.result import COMPLETE, result_of
-from megatron_spin.run.state import phase_entry
+from megatron_spin.run.records import kind_and_label
+from megatron_spin.run.result import result_of
+from megatron_spin.run.state import COMPLETE, phase_entry
 
 
 class Rotate:
@@ -25,8 +26,19 @@ class Rotate:
         self.target = target
 
     def check(self) -> None:
-        """Raises RunDirError: a phase before it is not done, or a guard rolled the iteration back."""
-        *before, last = Plan(self.config, self.run_dir).phases_of(self.target)
+        """Finds the phases before it.
+
+        Raises:
+            ConfigError: the plan completes no such iteration or baseline.
+            RunDirError: a phase before it is not done, or a guard rolled the iteration back.
+        """
+        phases = Plan(self.config, self.run_dir).phases_of(self.target)
+        if not phases or kind_and_label(phases[-1].name)[0] not in ("rotate", "finish"):
+            raise ConfigError(
+                f"{self.target.label} is never completed: the plan has no rotate or finish phase for it, as "
+                "tools/spin.sh --dry-run shows"
+            )
+        *before, last = phases
         if last.is_left_out:
             raise RunDirError(f"{last.name} is {last.what}: change the guards' settings to have it judged again")
         missing = [phase.name for phase in before if not phase.is_done]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spin import machine
+from megatron_spin.errors import RunDirError
 from megatron_spin.io import read_json, write_json
 
 KINDS = ("prepare", "import", "generate", "train", "export", "evaluate", "guard", "rotate", "finish")
@@ -73,7 +74,7 @@ def read_records(root: Path) -> list[PhaseRecord]:
     """All records, in the order in which the phases finished.
 
     Raises:
-        RunDirError: a record is not JSON.
+        RunDirError: a record is not JSON, or not a record.
     """
     return sorted((_read(path) for path in directory(root).glob("*.json")), key=lambda record: record.order)
 
@@ -95,4 +96,7 @@ def _path(folder: Path, phase: str) -> Path:
 
 def _read(path: Path) -> PhaseRecord:
     raw = read_json(path)
-    return PhaseRecord(**{**raw, "machines": tuple(raw["machines"])})
+    known = {field.name for field in dataclasses.fields(PhaseRecord)}
+    if not isinstance(raw, dict) or not {"phase", "finished"} <= raw.keys() <= known:
+        raise RunDirError(f"{path} is no record of a phase: another version wrote it, or it is damaged; restore it")
+    return PhaseRecord(**{**raw, "machines": tuple(raw.get("machines", ()))})

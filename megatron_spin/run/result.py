@@ -19,8 +19,6 @@ from megatron_spin.spin.objective import num_iterations
 
 ENDS = ("rotate", "finish")
 """Phases that complete an iteration: of self-play, and of an objective without."""
-COMPLETE = "the last iteration that is complete"
-"""Why a model is the result, unless an iteration was rolled back."""
 
 
 @dataclasses.dataclass(frozen=True)

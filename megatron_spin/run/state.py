@@ -16,6 +16,8 @@ from megatron_spin.run.records import PhaseRecord, kind_and_label
 
 JUDGEMENT = ("outcome", "verdicts", "settings")
 """Details of a guard's record that ``guards`` holds."""
+COMPLETE = "the last iteration that is complete"
+"""Why a model is the result, unless an iteration was rolled back."""
 RESULT = "result"
 """Detail of a record that has made a model the run's result."""
 APART = ("verdicts", "settings", RESULT)
@@ -90,6 +92,12 @@ def records_of(state: dict[str, Any]) -> list[PhaseRecord]:
         details[f"guard:{iteration}"] = {**details.get(f"guard:{iteration}", {}), **judged}
     if RESULT in state:
         details.setdefault(_phase_of_result(state), {})[RESULT] = state[RESULT]
+        # The iterations before it are the result again if a rollback is lifted.
+        for phase in state["phases"]:
+            kind, label = kind_and_label(phase)
+            if kind in ("rotate", "finish") and label.isdigit() and RESULT not in details[phase]:
+                hf = f"iteration_{label}/hf"
+                details[phase][RESULT] = {"hf": hf, "iteration": int(label), "why": COMPLETE}
     found = [
         PhaseRecord(phase, **{"finished": None, **measured.get(phase, {})}, details=of_phase)
         for phase, of_phase in details.items()

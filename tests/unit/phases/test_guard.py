@@ -16,7 +16,8 @@ from megatron_spin.io import read_json, write_json
 from megatron_spin.phases.frame import carry_out
 from megatron_spin.phases.guard import Guard
 from megatron_spin.run.directory import RunDir
-from megatron_spin.run.result import COMPLETE, is_settled, num_played, result_hf, result_of, rolled_back
+from megatron_spin.run.result import is_settled, num_played, result_hf, result_of, rolled_back
+from megatron_spin.run.state import COMPLETE
 from tests.unit.evaluation.test_guards import curve, evaluation
 
 pytestmark = pytest.mark.usefixtures("narration")

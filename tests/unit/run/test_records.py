@@ -26,7 +26,12 @@ EARLIER: dict[str, Any] = {
     "phases": {
         "prepare": {"finished": "2026-11-25T10:00:00+00:00", "seconds": 1.5, "peak_memory_gib": 0.4, "prompts": 8},
         "import": {"finished": "2026-11-25T10:00:01+00:00", "seconds": 2.0, "peak_memory_gib": 0.5, "identity": "a"},
-        "generate:0": {"finished": "2026-11-25T10:00:01+00:00", "seconds": 1.0, "peak_memory_gib": 0.5, "opponent": "a"},
+        "generate:0": {
+            "finished": "2026-11-25T10:00:01+00:00",
+            "seconds": 1.0,
+            "peak_memory_gib": 0.5,
+            "opponent": "a",
+        },
         "train:0": {"finished": "2026-11-25T10:00:02+00:00", "seconds": 9.0, "steps": 5},
         "export:0": {"finished": "2026-11-25T10:00:03+00:00", "seconds": 3.0, "peak_memory_gib": 0.5, "identity": "b"},
         "guard:0": {"finished": "2026-11-25T10:00:03+00:00", "seconds": 0.1, "peak_memory_gib": 0.1, "outcome": "pass"},
@@ -161,6 +166,26 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "phases/train_0.json").write_text("{")
     with pytest.raises(RunDirError, match=r"train_0\.json is not JSON"):
         run_dir.is_done("train:0")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"phase": "train:0", "finished": null, "newer": 1}'])
+def test_what_is_no_record_is_named(tmp_path: Path, text: str) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.mark_done("train:0", seconds=1.0)
+    (tmp_path / "phases/train_0.json").write_text(text)
+    with pytest.raises(RunDirError, match=r"train_0\.json is no record of a phase"):
+        run_dir.is_done("train:0")
+
+
+def test_a_lifted_rollback_of_an_earlier_version_leaves_the_iteration_before() -> None:
+    """The guards judge iteration 1 again, and it is not rolled back: the result is iteration 0, as before."""
+    state = {
+        **EARLIER,
+        "guards": {**EARLIER["guards"], "1": ROLLED_BACK},
+        "result": {**EARLIER["result"], "why": "iteration 1 was rolled back (nll_rise)"},
+    }
+    records = [record for record in records_of(state) if record.phase != "guard:1"]
+    assert snapshot(records)["result"] == EARLIER["result"]
 
 
 FINISH_MANY = """
