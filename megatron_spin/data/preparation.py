@@ -96,19 +96,6 @@ def prepare(config: Config) -> Prepared:
         pairs = _preference_pairs(train, source.rejected, at_iteration(config.generation.truncated, 0))
     rejected = [held_out.rejected[row.index] for row in evaluated] if held_out.rejected else []
 
-    # What was read and dropped is counted before the draw, what is kept and its tokens after it.
-    counts: dict[str, Any] = {
-        **source.counts,
-        "held_out": len(source.rows) - len(rows),
-        "kept": len(train),
-        "tokens": {
-            "prompt": sum(len(row.prompt_ids) for row in train),
-            "answer": sum(len(row.real_ids) for row in train),
-        },
-    }
-    if pairs is not None:
-        counts["tokens"]["rejected answer"] = sum(len(pair.generated_ids) for pair in pairs.pairs)
-        counts["pairs"] = pairs.counts
     eval_counts: dict[str, Any] = dict(held_out.counts) if evaluation.path is not None else {}
     eval_counts["kept"] = len(evaluated)
     if takes_preferences:
@@ -122,11 +109,24 @@ def prepare(config: Config) -> Prepared:
         files={key: sha256(Path(file)) for key, file in config.data_files.items()},
         identity=hash_rows(train),
         eval_identity=hash_rows(evaluated),
-        likelihood={name: {"identity": hash_rows(rows), "kept": len(rows)} for name, rows in likelihood.items()},
-        counts=counts,
+        likelihood={name: {"identity": hash_rows(drawn), "kept": len(drawn)} for name, drawn in likelihood.items()},
+        counts=_counts(source, train, pairs, num_held_out=len(source.rows) - len(rows)),
         eval_counts=eval_counts,
     )
     return Prepared(train, evaluated, rejected, likelihood, pairs, manifest)
+
+
+def _counts(source: Tokenized, train: Sequence[Row], pairs: BuiltPairs | None, *, num_held_out: int) -> dict[str, Any]:
+    """What was read and dropped, counted before the draw; what is kept and its tokens, counted after it."""
+    tokens = {
+        "prompt": sum(len(row.prompt_ids) for row in train),
+        "answer": sum(len(row.real_ids) for row in train),
+    }
+    counts = {**source.counts, "held_out": num_held_out, "kept": len(train), "tokens": tokens}
+    if pairs is not None:
+        tokens["rejected answer"] = sum(len(pair.generated_ids) for pair in pairs.pairs)
+        counts["pairs"] = pairs.counts
+    return counts
 
 
 def _takes_preferences(config: Config) -> bool:
