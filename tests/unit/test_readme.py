@@ -100,6 +100,9 @@ def test_markers_stand_once() -> None:
     named = [(experiments, path.stem) for path in (REPOSITORY / "examples/experiments").glob("*.yaml")]
     smollm2 = (REPOSITORY / "examples/smollm2/README.md").read_text()
     quickstart = (REPOSITORY / "docs/quickstart.md").read_text()
-    for text, name in [(README, "run"), (README, "claim"), (quickstart, "run"), (smollm2, "run"), *named]:
+    performance = (REPOSITORY / "docs/performance.md").read_text()
+    named += [(README, "run"), (README, "claim"), (quickstart, "run"), (smollm2, "run")]
+    named += [(performance, "speed"), (performance, "profile")]
+    for text, name in named:
         for marker in markers(name):
             assert text.count(marker) == 1
