@@ -159,13 +159,17 @@ class Progress:
         if self._terminal is not None:
             from tqdm import tqdm
 
+            # A terminal that nobody has given a size says that it has no columns.
+            has_size = os.get_terminal_size(self._terminal.fileno()).columns > 0
             self._bar = tqdm(
                 total=self._total,
                 initial=self._done,
                 desc=self._label,
                 unit=self._unit,
                 file=self._terminal,
-                dynamic_ncols=True,
+                dynamic_ncols=has_size,
+                ncols=None if has_size else 80,
+                nrows=None if has_size else 24,
                 disable=False,
             )
             _bars.append(self._bar)

@@ -4,6 +4,7 @@ components throughout.
 
 import json
 import os
+import pty
 import random
 import shutil
 import signal
@@ -26,6 +27,7 @@ from megatron_spin.report.diagnosis import read_diagnosis
 from megatron_spin.run.directory import RunDir
 from tests.support.processes import survivors
 from tests.support.runs import REPOSITORY, environment, forget, metrics, one_line
+from tests.support.terminal import drawn
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl
 
 DRIVER = str(REPOSITORY / "tools/spin.sh")
@@ -190,6 +192,23 @@ def test_a_finished_run_does_nothing(finished: tuple[Path, float], workplace: Pa
     assert "train:1: already done" in ran.stdout
 
 
+def test_a_run_of_an_earlier_version_goes_on(finished: tuple[Path, float], workplace: Path) -> None:
+    """It has a state.json and no records; here all but its last phase was done."""
+    run_dir = workplace / "earlier"
+    shutil.copytree(finished[0], run_dir)
+    forget(run_dir, "finish:sft_continued")
+    whole = json.loads((run_dir / "state.json").read_text())
+    shutil.rmtree(run_dir / "phases")
+    last = whole["phases"].pop("finish:sft_continued")
+    (run_dir / "state.json").write_text(json.dumps(whole))
+    ran = spin(workplace, "--run-dir", "earlier", timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count(": already done") == len(whole["phases"])
+    state = json.loads((run_dir / "state.json").read_text())
+    assert state["phases"].pop("finish:sft_continued").keys() == last.keys()
+    assert state == whole
+
+
 @pytest.mark.slow
 def test_self_play_with_vllm(workplace: Path) -> None:
     ran = spin(
@@ -278,7 +297,24 @@ def test_dry_run_prints_the_plan_and_starts_nothing(workplace: Path) -> None:
 def test_until_stops_after_the_phase(workplace: Path) -> None:
     ran = spin(workplace, "--run-dir", "until", "--until", "prepare")
     assert ran.returncode == 0, ran.stderr
+    assert "\r" not in ran.stdout + ran.stderr
     assert list(json.loads((workplace / "until/state.json").read_text())["phases"]) == ["prepare"]
+
+
+def test_a_terminal_has_bars_and_the_logs_do_not(workplace: Path) -> None:
+    screen, end = pty.openpty()
+    command = [DRIVER, "spin.yaml", "--run-dir", "seen", "--until", "prepare"]
+    driver = subprocess.Popen(
+        command, cwd=workplace, env=environment(PYTHON=sys.executable), stdout=subprocess.PIPE, stderr=end, text=True
+    )
+    os.close(end)
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, output
+    assert "100%|" in drawn(screen)
+    os.close(screen)
+    log = (workplace / "seen/logs/prepare.log").read_text()
+    assert "\r" not in output + log + (workplace / "seen/run.log").read_text()
+    assert "prepare finished in" in log
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_rollback_makes_the_previous_model_the_result(run: tuple[Path, Path], ru
         before = state(directory)
         ran = succeeded(spin(config, directory, "--until", "generate:1", "guards.repetition.action=rollback"))
         assert (again and state(directory) == before) or "rollback: guard repetition, iteration 0: " in ran.stderr
-        assert "generate:1: left out, for iteration 0 was rolled back" in ran.stdout
+        assert "generate:1: left out, since iteration 0 was rolled back" in ran.stdout
         assert not (directory / "iteration_1").exists() and not (directory / "iteration_0/DONE").exists()
         result = state(directory)["result"]
         assert (

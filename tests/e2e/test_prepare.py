@@ -33,6 +33,10 @@ def test_command_line(tmp_path: Path) -> None:
     data.write_text(good)
     result = run_tool("prepare.py", *arguments)
     assert "prompts to train on" in result.stdout
+    assert "tokenize d.jsonl: 10 rows in 0:0" in result.stdout  # there is no terminal for a bar
+    assert "\r" not in result.stdout
+    assert not result.stderr
+    assert len(result.stdout.splitlines()) < 20
     assert len(load_rows(run / "data" / "train.parquet")) == 8
     assert len(load_rows(run / "data" / "eval.parquet")) == 2
     assert "already done" in run_tool("prepare.py", *arguments).stdout

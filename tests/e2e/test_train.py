@@ -195,6 +195,15 @@ def test_scores_altered_without_their_manifest_are_named(fresh: tuple[Path, Path
     assert "altered after scoring" in one_line(train(config, run, check=False))
 
 
+def test_of_many_ranks_one_says_the_error(fresh: tuple[Path, Path]) -> None:
+    """Under plain torchrun, which prints a report of its own."""
+    config, run = fresh
+    result = train(config, run, "spin.betta=0.2", check=False, ranks=8)
+    assert result.returncode != 0
+    assert result.stderr.count("error: unknown config key spin.betta: did you mean spin.beta?\n") == 1
+    assert result.stderr.count("unknown config key") == 1
+
+
 def test_wrong_opponent_stops_the_run(fresh: tuple[Path, Path]) -> None:
     config, run = fresh
     manifest = run / "iteration_0/pairs/manifest.json"
