@@ -12,6 +12,7 @@ from megatron_spin.io import read_json
 from megatron_spin.log import logger
 from megatron_spin.run.plan import Plan, PlannedPhase
 from megatron_spin.run.result import num_played
+from megatron_spin.spin.objective import build_objective, num_iterations
 
 CHECKPOINT_BYTES = 18
 """Bytes per parameter of a trained model: fp32 weights, two fp32 moments, fp32 or bf16 model weights, the export."""
@@ -31,6 +32,8 @@ def check(plan: Plan, phases: Sequence[PlannedPhase]) -> None:
     config = plan.config
     plan.run_dir.check(config)
     _check_baselines(plan)
+    for iteration in range(num_iterations(config)):
+        build_objective(config, iteration)  # the parameters of a late iteration must not fail after days of training
     _check_model(Path(config.model.hf))
     kinds = [phase.kind for phase in todo]
     if "prepare" in kinds:

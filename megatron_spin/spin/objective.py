@@ -9,10 +9,12 @@ No torch at import: the plan and the report ask an objective what it needs and n
 import dataclasses
 import difflib
 import functools
+import typing
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_spin.config import Config, at_iteration
 from megatron_spin.config.named import load_named
+from megatron_spin.config.parsing import parse
 from megatron_spin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ def objective_class(config: Config) -> type[Objective]:
     """The class that ``training.objective`` names.
 
     Raises:
-        ConfigError: it cannot be imported or is not an :class:`Objective`, or it asks for answers that nobody gives.
+        ConfigError: it cannot be imported, is not a complete :class:`Objective`, or asks for answers that nobody gives.
     """
     return _load(config.training.objective)
 
@@ -122,6 +124,11 @@ def _load(name: str) -> type[Objective]:
             f"training.objective={name!r} is not a subclass of megatron_spin.spin.objective.Objective: "
             "derive it from that class"
         )
+    for attribute in ("label", "task"):
+        if not hasattr(found, attribute):
+            raise ConfigError(f"training.objective={name!r} has no {attribute}: give the class this attribute, a text")
+    if found.__call__ is Objective.__call__:
+        raise ConfigError(f"training.objective={name!r} has no __call__: define what it computes from the log-probs")
     _check_answers(name, found)
     return found
 
@@ -151,13 +158,15 @@ def _check_answers(name: str, kind: type[Objective]) -> None:
 def build_objective(config: Config, iteration: int) -> Objective:
     """The objective of ``iteration``: its fields take the values of the ``spin`` keys of the same names.
 
-    ``spin.parameters`` gives the others.
+    ``spin.parameters`` gives the others; types and ranges are those of the fields' annotations.
 
     Raises:
-        ConfigError: as :func:`objective_class`; ``spin.parameters`` names no field of it; a field without a value.
+        ConfigError: as :func:`objective_class`; ``spin.parameters`` names no field of it, or a value that the field
+            cannot have; a field without a value.
     """
     kind = objective_class(config)
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    types = typing.get_type_hints(kind, include_extras=True)
     values: dict[str, Any] = {}
     for name in fields:
         if hasattr(config.spin, name):
@@ -172,7 +181,7 @@ def build_objective(config: Config, iteration: int) -> Objective:
             raise ConfigError(
                 f"spin.parameters.{name} is not a parameter of objective {config.training.objective}: {hint}"
             )
-        values[name] = at_iteration(value, iteration)
+        values[name] = parse(types[name], at_iteration(value, iteration), f"spin.parameters.{name}")
     missing = [name for name, field in fields.items() if name not in values and _has_no_default(field)]
     if missing:
         raise ConfigError(f"objective {config.training.objective} needs spin.parameters.{missing[0]}: set it")

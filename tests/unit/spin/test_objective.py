@@ -1,15 +1,20 @@
 """How an objective is found, checked and given its parameters."""
 
 import dataclasses
+import math
+import re
 import subprocess
 import sys
-from typing import Any, ClassVar
+import types
+from typing import Annotated, Any, ClassVar
 
 import pytest
 import torch
+import yaml
 
 from megatron_spin.config import Config, from_dict
 from megatron_spin.config.training import OBJECTIVES as NAMES
+from megatron_spin.config.values import Positive
 from megatron_spin.errors import ConfigError
 from megatron_spin.spin.objective import (
     OBJECTIVES,
@@ -22,6 +27,7 @@ from megatron_spin.spin.objective import (
 )
 from megatron_spin.spin.pairwise import Dpo, Spin
 from megatron_spin.spin.sft import Sft
+from tests.support.runs import REPOSITORY
 
 HERE = "tests.unit.spin.test_objective"
 
@@ -36,7 +42,11 @@ class Own(Objective):
 
     mu: float
     beta: float = 0.5
-    nu: int = 3
+    nu: Annotated[int, Positive] = 3
+
+    def __post_init__(self) -> None:
+        if self.mu > 100:
+            raise ValueError("mu must not be above 100")
 
     def __call__(self, logps: AnswerLogps) -> Outcome:
         return Outcome(-self.mu * logps.policy[:, 0])
@@ -44,6 +54,15 @@ class Own(Objective):
 
 class Unrelated:
     """Not an objective."""
+
+
+class Unnamed(Objective):
+    label = "UNNAMED"
+
+
+class Abstract(Objective):
+    label = "ABSTRACT"
+    task = "nothing"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +137,11 @@ def test_a_users_own_objective() -> None:
     [
         (f"{HERE}:Own", {"mu": 1.0, "muu": 2.0}, "spin.parameters.muu is not a parameter .* did you mean mu"),
         (f"{HERE}:Own", {}, r"needs spin.parameters.mu: set it"),
+        (f"{HERE}:Own", {"mu": "much"}, "spin.parameters.mu: 'much' is not a number"),
+        (f"{HERE}:Own", {"mu": 1.0, "nu": 0}, "spin.parameters.nu=0 must be greater than 0"),
+        (f"{HERE}:Own", {"mu": 1000.0}, "refuses its parameters: mu must not be above 100"),
+        (f"{HERE}:Unnamed", {}, "has no task"),
+        (f"{HERE}:Abstract", {}, "has no __call__"),
         (f"{HERE}:Unrelated", {}, "is not a subclass of megatron_spin.spin.objective.Objective"),
         (f"{HERE}:Nothing", {}, "has no Nothing"),
         ("no.such.module:Class", {}, "cannot be imported"),
@@ -132,6 +156,28 @@ def test_a_users_own_objective() -> None:
 def test_mistakes(name: str, parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_objective(config(name, parameters=parameters), 0)
+
+
+def test_parameters_override_the_spin_keys() -> None:
+    settings = config(f"{HERE}:Own", beta=0.2, parameters={"mu": 1, "beta": 0.0})
+    assert build_objective(settings, 0) == Own(mu=1.0, beta=0.0)
+
+
+def test_the_example_of_the_page_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class and the configuration of docs/objectives.md, as they are there."""
+    page = (REPOSITORY / "docs/objectives.md").read_text()
+    code, settings = re.findall(r"```(?:python|yaml)\n(.*?)```", page, re.DOTALL)[:2]
+    module = types.ModuleType("my_objectives")
+    monkeypatch.setitem(sys.modules, "my_objectives", module)
+    exec(code, module.__dict__)
+    sections = yaml.safe_load(settings)
+    described = config(sections["training"]["objective"], **sections["spin"])
+    assert dataclasses.asdict(build_objective(described, 2)) == {"beta": 0.1, "epsilon": 0.05}
+    zeros = torch.zeros(1, 2)
+    logps = AnswerLogps(zeros, zeros, torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool))
+    outcome = build_objective(described, 0)(logps)
+    assert outcome.loss.item() == pytest.approx(math.log(2))
+    assert outcome.metrics.keys() == {"margin", "accuracy", "real_reward", "generated_reward"}
 
 
 def test_a_reference_free_objective_has_no_log_ratios() -> None:
