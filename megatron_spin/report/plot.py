@@ -71,11 +71,13 @@ def encode(figure: "Figure") -> bytes:
 
 
 def _curve_panels(results: Results) -> list[Panel]:
-    if not results.curves:
-        return []
-    if not objective_class(results.config).compares():
-        return [_loss]
-    return [_loss, _accuracy, _rewards]
+    """Those of the quantities that the objective reports."""
+    reported = set()
+    for curve in results.curves:
+        for row in curve:
+            reported |= {name for name, value in row.items() if value is not None}
+    panels = {"loss": _loss, "accuracy": _accuracy, "real_reward": _rewards}
+    return [panel for name, panel in panels.items() if name in reported]
 
 
 def _points(results: Results, key: str) -> list[tuple[list[int], list[float]]]:
