@@ -38,7 +38,7 @@ class Space(Objective):
 
     mu: Annotated[float, Positive] = 1.0
     """The noise ratio: generated answers per real one. The paper trains with 1 and compares 1, 3 and 7."""
-    beta: Annotated[float, Positive] = 1.0
+    beta: float = 1.0
     """``spin.beta``, for the metrics alone: the loss has no such factor.
 
     Everywhere else a reward is beta times a log-ratio: the guard ``real_logps_fall`` divides by ``spin.beta`` to get

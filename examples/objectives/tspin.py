@@ -9,7 +9,7 @@ Name it in the configuration:
 import dataclasses
 from typing import Annotated, ClassVar
 
-from megatron_spin.config.values import NotNegative, Positive
+from megatron_spin.config.values import Positive
 from megatron_spin.spin.objective import AnswerLogps, Objective, Outcome
 from megatron_spin.spin.pairwise import logistic
 
@@ -47,7 +47,7 @@ class Tspin(Objective):
 
     alpha: Annotated[float, Positive] = 1.0
     """Scale of the log-probs."""
-    beta: Annotated[float, NotNegative] = 0.1
+    beta: float = 0.1
     """Weight of the second term, ``spin.beta``."""
 
     def __call__(self, logps: AnswerLogps) -> Outcome:

@@ -16,7 +16,7 @@ from megatron_spin.config import load_config
 from megatron_spin.report.plot import plot
 from megatron_spin.report.results import players, read_results
 from megatron_spin.run.directory import RunDir
-from tests.support.runs import REPOSITORY, environment, metrics
+from tests.support.runs import REPOSITORY, environment, forget, metrics, one_line
 
 SPACE = "training.objective=examples.objectives.space:Space"
 TSPIN = "training.objective=examples.objectives.tspin:Tspin"
@@ -33,11 +33,12 @@ def spin(config: Path, run: Path, *arguments: str) -> subprocess.CompletedProces
     )
 
 
-def played(started: tuple[Path, Path], place: Path, *arguments: str) -> tuple[Path, str]:
-    """Continues a copy of the run ``started`` with another configuration; returns its directory and its stderr."""
-    config, run = started
+def played(generated: tuple[Path, Path], place: Path, *arguments: str) -> tuple[Path, str]:
+    """Continues a copy of the run ``generated`` with another objective; returns its directory and its stderr."""
+    config, run = generated
     shutil.copytree(run, place / "run")
     (place / "run/config.yaml").unlink()  # so that it is a run of whatever configuration continues it
+    forget(place / "run", "generate:0")  # the answers stay, and the pairs are made anew for the objective
     ran = spin(config, place / "run", *ITERATION, *arguments)
     assert ran.returncode == 0, f"{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
     return place / "run", ran.stderr
@@ -103,10 +104,10 @@ def test_tables_call_it_space(space: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def tspin(imported: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def tspin(generated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run directory of two iterations of T-SPIN, and what the driver said on stderr."""
     arguments = (TSPIN, "spin.parameters.alpha=0.5", "--until", "train:1")
-    return played(imported, tmp_path_factory.mktemp("tspin"), *arguments)
+    return played(generated, tmp_path_factory.mktemp("tspin"), *arguments)
 
 
 def pair_columns(run: Path, iteration: int) -> dict[str, list[Any]]:
@@ -174,11 +175,10 @@ def test_the_report_of_tspin_leaves_rewards_out(tspin: tuple[Path, str], tmp_pat
     ],
 )
 def test_mistakes_cost_one_line(
-    imported: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str
+    generated: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    config, _ = imported
+    config, _ = generated
     ran = spin(config, tmp_path / "run", "--dry-run", *arguments)
-    assert ran.returncode == 2
+    assert message in one_line(ran, status=2)
     assert len(ran.stderr.splitlines()) == 1
-    assert message in ran.stderr
     assert not (tmp_path / "run").exists()

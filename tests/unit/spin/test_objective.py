@@ -158,11 +158,6 @@ def test_mistakes(name: str, parameters: dict[str, Any], message: str) -> None:
         build_objective(config(name, parameters=parameters), 0)
 
 
-def test_parameters_override_the_spin_keys() -> None:
-    settings = config(f"{HERE}:Own", beta=0.2, parameters={"mu": 1, "beta": 0.0})
-    assert build_objective(settings, 0) == Own(mu=1.0, beta=0.0)
-
-
 def test_the_example_of_the_page_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     """The class and the configuration of docs/objectives.md, as they are there."""
     page = (REPOSITORY / "docs/objectives.md").read_text()
