@@ -75,7 +75,7 @@ def _curve_panels(results: Results) -> list[Panel]:
     reported = set()
     for curve in results.curves:
         for row in curve:
-            reported |= {name for name, value in row.items() if value is not None}
+            reported |= {name for name, value in row.values.items() if value is not None}
     panels = {"loss": _loss, "accuracy": _accuracy, "real_reward": _rewards}
     return [panel for name, panel in panels.items() if name in reported]
 

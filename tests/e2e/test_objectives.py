@@ -14,7 +14,7 @@ from PIL import Image
 
 from megatron_spin.config import load_config
 from megatron_spin.report.plot import plot
-from megatron_spin.report.results import players, read_results
+from megatron_spin.report.results import compared_models, read_results
 from megatron_spin.run.directory import RunDir
 from tests.support.runs import REPOSITORY, environment, forget, metrics, one_line
 
@@ -57,7 +57,7 @@ def looked(run: Path) -> set[str]:
 
 def names(run: Path) -> list[str]:
     """How tables call the models of a run."""
-    return [name for name, _ in players(load_config(run / "config.yaml"), RunDir(run))]
+    return [name for name, _ in compared_models(load_config(run / "config.yaml"), RunDir(run))]
 
 
 # --------------------------------------------------------------------------------------------------------------- SPACE
