@@ -239,8 +239,11 @@ def test_metadata_that_names_a_foreign_function_is_refused(fresh: tuple[Path, Pa
     ("overrides", "message"),
     [
         (["spin.betta=0.2"], "did you mean spin.beta"),
-        (["training.global_batch_size=48"], "48"),
-        (["parallel.tensor_model_parallel_size=3", "model.make_vocab_size_divisible_by=1"], "3"),
+        (["training.global_batch_size=48"], "global_batch_size=48"),
+        (
+            ["parallel.tensor_model_parallel_size=3"],
+            "parallel.tensor_model_parallel_size=3 does not divide the model's num_attention_heads=2",
+        ),
         (["training.optimizer={optimizer: lion}"], "lion"),
         (["training.optimizer={optimizer: rmsprop, sgd_momentum: 0.9}"], "sgd_momentum=0.9 does not apply to rmsprop"),
         (["data.seed=9"], "other values of data.seed"),
