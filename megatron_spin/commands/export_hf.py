@@ -68,8 +68,7 @@ def _start(arguments: argparse.Namespace, run: conversion.Run | None, target: Ta
             "write"
         )
 
-    from megatron_spin.hf.assets import CHECKPOINT_ASSETS, stored_dtype
-    from megatron_spin.hf.files import read_hf_config
+    from megatron_spin.hf.assets import CHECKPOINT_ASSETS, read_hf_config, stored_dtype
     from megatron_spin.parallel.setup import choose_device
 
     assets = checkpoint / CHECKPOINT_ASSETS

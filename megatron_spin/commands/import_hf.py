@@ -52,8 +52,7 @@ def _start(arguments: argparse.Namespace, run: conversion.Run | None) -> Phase:
             "--hf and --checkpoint are both needed without --config: give the model's directory and the one to write"
         )
 
-    from megatron_spin.hf.assets import stored_dtype
-    from megatron_spin.hf.files import read_hf_config
+    from megatron_spin.hf.assets import read_hf_config, stored_dtype
     from megatron_spin.parallel.setup import choose_device
 
     dtype = arguments.dtype

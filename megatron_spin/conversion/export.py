@@ -12,8 +12,8 @@ import torch
 from megatron_spin.conversion.records import Export, Parity
 from megatron_spin.conversion.stream import stream_hf
 from megatron_spin.errors import CheckpointError
-from megatron_spin.hf.assets import copy_assets, set_dtype
-from megatron_spin.hf.files import read_hf_config, write_safetensors
+from megatron_spin.hf.assets import copy_assets, read_hf_config, set_dtype
+from megatron_spin.hf.files import write_safetensors
 from megatron_spin.hf.identity import IdentityHasher
 from megatron_spin.parallel.collectives import gather_objects, raised_everywhere
 from megatron_spin.parallel.dims import ParallelDims

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from megatron_spin.conversion.stream import stream_hf
-from megatron_spin.hf.files import TensorFiles, read_hf_config
+from megatron_spin.hf.assets import read_hf_config
+from megatron_spin.hf.files import TensorFiles
 from megatron_spin.hf.identity import IdentityHasher, is_buffer
 from megatron_spin.models.families import families
 from megatron_spin.models.family import HfConfig

@@ -8,7 +8,8 @@ import torch
 
 from megatron_spin.conversion.parameters import Mapped, mapped_parameters
 from megatron_spin.errors import CheckpointError
-from megatron_spin.hf.files import DTYPES, TensorFiles, read_hf_config
+from megatron_spin.hf.assets import read_hf_config
+from megatron_spin.hf.files import DTYPES, TensorFiles
 from megatron_spin.hf.identity import is_buffer
 from megatron_spin.models.families import family_of
 from megatron_spin.models.family import Family

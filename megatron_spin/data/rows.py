@@ -78,7 +78,9 @@ def write_columns(path: Path, rows: Sequence[Sequence[Any]], schema: pa.Schema) 
 def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
     """Rows of a Parquet file as plain data; raises RunDirError where it is missing, damaged or has other columns."""
     try:
-        table = pq.read_table(path)
+        # Not pq.read_table: it imports pyarrow.dataset, and with it pandas.
+        with pq.ParquetFile(path) as file:
+            table = file.read()
     except FileNotFoundError:
         raise RunDirError(
             f"{path} is missing: an earlier phase has not run; run tools/spin.sh, which runs all of them in order"

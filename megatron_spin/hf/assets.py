@@ -28,6 +28,25 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 _HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
+def read_hf_config(hf_dir: Path) -> dict[str, Any]:
+    """The plain contents of ``config.json``.
+
+    Raises:
+        CheckpointError: the directory or the file is missing, or the file is not a JSON object.
+    """
+    hf_dir = Path(hf_dir)
+    check_directory(hf_dir)
+    return read_json_object(hf_dir / "config.json")
+
+
+def check_directory(hf_dir: Path) -> None:
+    """Raises :class:`CheckpointError`: it is no directory."""
+    if not hf_dir.is_dir():
+        raise CheckpointError(
+            f"{hf_dir} is not a directory: give a Hugging Face model directory with config.json and *.safetensors"
+        )
+
+
 def tokenizer_files(hf_dir: Path) -> list[Path]:
     """Files in ``hf_dir`` itself that define the tokenizer, sorted by name."""
     return _matching(hf_dir, _TOKENIZER_FILES)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_spin.errors import CheckpointError
-from megatron_spin.hf.assets import read_json_object
+from megatron_spin.hf.assets import check_directory, read_json_object
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """The dtypes that a model can have, by their names in the configuration."""
@@ -23,24 +23,6 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def read_hf_config(hf_dir: Path) -> dict[str, Any]:
-    """The plain contents of ``config.json``.
-
-    Raises:
-        CheckpointError: the directory or the file is missing, or the file is not a JSON object.
-    """
-    hf_dir = Path(hf_dir)
-    _check_directory(hf_dir)
-    return read_json_object(hf_dir / "config.json")
-
-
-def _check_directory(hf_dir: Path) -> None:
-    if not hf_dir.is_dir():
-        raise CheckpointError(
-            f"{hf_dir} is not a directory: give a Hugging Face model directory with config.json and *.safetensors"
-        )
 
 
 class TensorFiles:
@@ -107,7 +89,7 @@ class TensorFiles:
 
     def _locate(self) -> dict[str, str]:
         """Opens all files; maps tensor names to file names."""
-        _check_directory(self.directory)
+        check_directory(self.directory)
         if (self.directory / SINGLE_FILE).is_file():
             return dict.fromkeys(self._open(SINGLE_FILE), SINGLE_FILE)
         index = self.directory / INDEX_FILE

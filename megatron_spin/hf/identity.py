@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_spin.hf.files import DTYPES, TensorFiles, read_hf_config
+from megatron_spin.hf.assets import read_hf_config
+from megatron_spin.hf.files import DTYPES, TensorFiles
 
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 

@@ -68,7 +68,7 @@ def transformer_config(hf_config: HfConfig, config: Config, dims: ParallelDims) 
     family.refuse(hf_config)
     _refuse_fields(config.model.transformer)
     on_cpu = dims.device.type == "cpu"
-    fused = not on_cpu and layer_spec(config, dims.device) == "transformer_engine"
+    fused = not on_cpu and layer_spec(config, dims.device.type) == "transformer_engine"
     values: dict[str, Any] = {
         **family.transformer_fields(hf_config),
         "hidden_dropout": 0.0,  # scoring and training must be the same function
@@ -122,7 +122,7 @@ def gpt_model(
     )
     return GPTModel(
         config=transformer,
-        transformer_layer_spec=_layer_spec(transformer, layer_spec(config, dims.device), dims, vp_stage),
+        transformer_layer_spec=_layer_spec(transformer, layer_spec(config, dims.device.type), dims, vp_stage),
         vocab_size=vocabulary,
         pre_process=pre_process,
         post_process=post_process,

@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_spin.config import Config
 from megatron_spin.config.named import load_named
 from megatron_spin.errors import ConfigError
-from megatron_spin.hf.files import read_hf_config
+from megatron_spin.hf.assets import read_hf_config
 from megatron_spin.models.gpt import gpt_model
 from megatron_spin.models.precision import allowed_dtypes, in_precision
 from megatron_spin.models.vocabulary import mask_padding

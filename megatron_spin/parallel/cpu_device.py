@@ -7,46 +7,21 @@ every operation down, so it is used around build, schedule, step and checkpoint 
 """
 
 import contextlib
-import importlib.metadata
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from packaging.specifiers import SpecifierSet
 from torch.overrides import TorchFunctionMode
 
 from megatron_spin.errors import DeviceError
+from megatron_spin.parallel.check import check_version
 
-TESTED = SpecifierSet(">=0.16.1,<0.20", prereleases=True)
-"""Versions of megatron-core with which the replaced calls were checked."""
 GPU_ONLY = ("transformer_engine", "apex")
 """Packages of CUDA kernels: if one is installed, Megatron prefers its optimizers and norms and fails on CPU tensors."""
 
 _installed = False
-
-
-def check_version() -> str:
-    """The installed megatron-core version.
-
-    Raises:
-        DeviceError: it is missing or outside :data:`TESTED`.
-    """
-    try:
-        version = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        raise DeviceError("megatron-core is not installed: run `make setup`") from None
-    refuse_untested(version)
-    return version
-
-
-def refuse_untested(version: str) -> None:
-    """Raises :class:`DeviceError` for a megatron-core version outside :data:`TESTED`, as 0.20's pre-releases are."""
-    if version not in TESTED:
-        raise DeviceError(
-            f"megatron-core {version} is outside the tested range >=0.16.1,<0.20: install a version within it"
-        )
 
 
 def install() -> None:

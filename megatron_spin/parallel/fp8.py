@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import torch
 from packaging.version import Version
 
 from megatron_spin.config import Config
@@ -57,7 +56,7 @@ def fp8_recipes(
     return tuple(recipes)
 
 
-def check_fp8(config: Config, device: torch.device) -> None:
+def check_fp8(config: Config, device_type: str) -> None:
     """Refuses an FP8 format that cannot run here; Megatron itself would silently ignore it.
 
     Raises:
@@ -66,7 +65,9 @@ def check_fp8(config: Config, device: torch.device) -> None:
     fp8, engine = config.precision.fp8, version_of("transformer-engine")
     if fp8 is None:
         return
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    import torch  # here, not above: it takes seconds, and most runs need no FP8
+
+    capability = torch.cuda.get_device_capability() if device_type == "cuda" else None
     recipe = config.model.transformer.get("fp8_recipe", "delayed")
     possible = fp8_recipes(capability=capability, cuda=torch.version.cuda, transformer_engine=engine)
     if recipe not in possible:
@@ -76,7 +77,7 @@ def check_fp8(config: Config, device: torch.device) -> None:
             f"{torch.version.cuda or 'absent'} and Transformer Engine {engine or 'absent'}; recipes that can: "
             f"{', '.join(possible) or 'none'}: set precision.fp8 to null"
         )
-    if layer_spec(config, device) != "transformer_engine":
+    if layer_spec(config, device_type) != "transformer_engine":
         raise DeviceError(
             f"precision.fp8={fp8} needs Transformer Engine's layers: set layer_spec: transformer_engine, "
             "or precision.fp8 to null"

@@ -2,20 +2,17 @@
 
 import datetime
 import os
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from megatron_spin.config import Config, ParallelConfig
+from megatron_spin.config import ParallelConfig
 from megatron_spin.errors import DeviceError
 from megatron_spin.hf import model as hf_model
-from megatron_spin.hf.files import read_hf_config
 from megatron_spin.parallel import cpu_device
+from megatron_spin.parallel.check import check_version
 from megatron_spin.parallel.dims import ParallelDims
-from megatron_spin.parallel.fp8 import check_fp8
-from megatron_spin.parallel.kernels import check_layer_spec, refuse_wrong_apex
-from megatron_spin.parallel.layout import check_layout
+from megatron_spin.parallel.kernels import refuse_wrong_apex
 
 TIMEOUT = datetime.timedelta(minutes=30)
 """Long enough for rank 0 to write or read a large checkpoint while the others wait."""
@@ -27,7 +24,7 @@ def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     Raises:
         DeviceError: ``cuda`` was asked for and is not there, or there are fewer GPUs than local ranks.
     """
-    cpu_device.check_version()
+    check_version()
     # Megatron's overlap of tensor parallel communication needs one hardware queue; CUDA reads this when it starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     chosen = hf_model.choose_device(device)
@@ -43,19 +40,6 @@ def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def check_config(config: Config, device: torch.device, *, world_size: int) -> None:
-    """Checks all of device, layout and batch that needs no process group.
-
-    Raises:
-        DeviceError: the layer spec or the FP8 format cannot run on ``device``.
-        ConfigError: the model or the batch cannot be cut over ``world_size`` processes.
-        CheckpointError: ``model.hf`` has no readable config.json.
-    """
-    check_layer_spec(config, device)
-    check_fp8(config, device)
-    check_layout(config, read_hf_config(Path(config.model.hf)), world_size=world_size)
 
 
 def initialize(parallel: ParallelConfig, device: torch.device, *, seed: int = 0) -> ParallelDims:

@@ -16,14 +16,14 @@ from megatron_spin.conversion.parity import (
     random_sequences,
 )
 from megatron_spin.conversion.records import Converted
-from megatron_spin.hf.assets import CHECKPOINT_ASSETS
-from megatron_spin.hf.files import read_hf_config
+from megatron_spin.hf.assets import CHECKPOINT_ASSETS, read_hf_config
 from megatron_spin.log import logger
 from megatron_spin.models.provider import build_model
+from megatron_spin.parallel.check import check_config
 from megatron_spin.parallel.collectives import raised_everywhere
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.layout import alignment
-from megatron_spin.parallel.setup import check_config, choose_device, initialize
+from megatron_spin.parallel.setup import choose_device, initialize
 from megatron_spin.processes import world_size
 from megatron_spin.training.checkpoint import load_checkpoint
 
@@ -40,7 +40,7 @@ class ExportModel:
     def check(self) -> None:
         """Raises DeviceError, ConfigError, CheckpointError: device, layout or config.json are not as needed."""
         self._device = choose_device(self.config.device)
-        check_config(self.config, self._device, world_size=world_size())
+        check_config(self.config, self._device.type, world_size=world_size())
 
     def run(self) -> dict[str, Any]:
         """Exports. Raises as :func:`export_model`."""

@@ -10,14 +10,14 @@ from megatron_spin.conversion.load import load_hf
 from megatron_spin.conversion.parity import BOUNDS, check_parity, parity_sample, random_sequences
 from megatron_spin.conversion.records import Converted, Parity
 from megatron_spin.errors import CheckpointError, GateError
-from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets, set_dtype
-from megatron_spin.hf.files import read_hf_config
+from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets, read_hf_config, set_dtype
 from megatron_spin.log import logger
 from megatron_spin.models.provider import build_model
+from megatron_spin.parallel.check import check_config
 from megatron_spin.parallel.collectives import gather_objects, raised_everywhere
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.layout import alignment
-from megatron_spin.parallel.setup import check_config, choose_device, initialize
+from megatron_spin.parallel.setup import choose_device, initialize
 from megatron_spin.processes import world_size
 from megatron_spin.training.checkpoint import latest_step, save_checkpoint
 
@@ -32,7 +32,7 @@ class ImportModel:
     def check(self) -> None:
         """Raises DeviceError, ConfigError, CheckpointError: device, layout or config.json are not as needed."""
         self._device = choose_device(self.config.device)
-        check_config(self.config, self._device, world_size=world_size())
+        check_config(self.config, self._device.type, world_size=world_size())
 
     def run(self) -> dict[str, Any]:
         """Imports. Raises as :func:`import_model`."""

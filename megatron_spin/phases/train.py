@@ -17,12 +17,12 @@ from megatron_spin.data.pairs import PairsManifest, load_pairs
 from megatron_spin.data.rows import load_rows
 from megatron_spin.data.sampler import BatchSampler
 from megatron_spin.errors import ConfigError, GateError, RunDirError
-from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets
-from megatron_spin.hf.files import read_hf_config
+from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets, read_hf_config
 from megatron_spin.log import logger
+from megatron_spin.parallel.check import check_config
 from megatron_spin.parallel.kernels import announce, layer_spec
 from megatron_spin.parallel.layout import alignment
-from megatron_spin.parallel.setup import initialize
+from megatron_spin.parallel.setup import choose_device, initialize
 from megatron_spin.phases.opponent import check_made_for, read_opponent
 from megatron_spin.processes import world_size
 from megatron_spin.run.directory import RunDir, Target
@@ -37,9 +37,10 @@ from megatron_spin.spin.objective import (
 from megatron_spin.spin.sft import Sft
 from megatron_spin.training.assembly import Policy, build_policy
 from megatron_spin.training.checkpoint import latest_step, load_checkpoint
+from megatron_spin.training.forward_step import reported_names
 from megatron_spin.training.metrics import MetricsWriter
+from megatron_spin.training.optimizer import optimizer_config
 from megatron_spin.training.optimizer_state import carry_over_main_weights
-from megatron_spin.training.preflight import check_training
 from megatron_spin.training.schedule import StepPlan
 from megatron_spin.training.scoring import ScoreCache, check_scores
 
@@ -71,8 +72,11 @@ class Train:
 
     def check(self) -> None:
         """Checks settings and layout, and reads what is trained on. Raises as :func:`read_inputs`."""
-        self._device = check_training(self.config, world_size=world_size())
+        self._device = choose_device(self.config.device)
+        check_config(self.config, self._device.type, world_size=world_size())
+        optimizer_config(self.config, learning_rate=1.0)
         self._inputs = read_inputs(self.config, self.run_dir, self.target)
+        reported_names(self._inputs.objective)  # refuses names that are taken
 
     def run(self) -> dict[str, Any]:
         """Trains. Raises as :func:`train`."""
@@ -321,7 +325,7 @@ def _numerics(config: Config, policy: Policy) -> dict[str, Any]:
     return {
         "dtype": config.precision.dtype,
         "fp8": config.precision.fp8,
-        "layer_spec": layer_spec(config, dims.device),
+        "layer_spec": layer_spec(config, dims.device.type),
         "device": dims.device.type,
         "layout": [dims.tp_size, dims.pp_size, config.parallel.sequence_parallel],
         # Which prompts share a microbatch, and so its padding, depends on the global batch, too.

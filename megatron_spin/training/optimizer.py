@@ -15,8 +15,7 @@ from megatron_spin.errors import ConfigError
 from megatron_spin.parallel.cpu_device import megatron_region
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.training import rmsprop
-
-OPTIMIZERS = ("adam", "rmsprop", "sgd")
+from megatron_spin.training.optimizer_settings import check_optimizer
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
@@ -38,18 +37,9 @@ def optimizer_config(config: Config, *, learning_rate: float) -> OptimizerConfig
     Raises:
         ConfigError: an unknown field, an unknown optimizer, or a field that the optimizer ignores.
     """
+    check_optimizer(config)
     given = dict(config.training.optimizer)
-    if given["optimizer"] not in OPTIMIZERS:
-        raise ConfigError(
-            f"training.optimizer.optimizer={given['optimizer']!r} is not there: choose one of {', '.join(OPTIMIZERS)}"
-        )
     if given["optimizer"] == "rmsprop":
-        for name in rmsprop.REFUSED:
-            if name in given:
-                raise ConfigError(
-                    f"training.optimizer.{name}={given[name]} does not apply to rmsprop: "
-                    "leave it out, or use optimizer: adam"
-                )
         given = {"adam_beta2": rmsprop.ALPHA, "adam_eps": rmsprop.EPS, **given, **rmsprop.AS_ADAM}
     bf16 = config.precision.dtype == "bf16"
     ours = {"lr": learning_rate, "bf16": bf16, "params_dtype": torch.bfloat16 if bf16 else torch.float32}

@@ -1,14 +1,15 @@
-"""What training refuses before anything is started."""
-
-import torch
+"""What training refuses, checked before anything is started. No torch, unless there is a GPU or an unusual setting."""
 
 from megatron_spin.config import Config
-from megatron_spin.parallel.setup import check_config, choose_device
+from megatron_spin.config.training import OBJECTIVES
+from megatron_spin.parallel.check import check_config, check_version
+from megatron_spin.run.plan import gpu_count
 from megatron_spin.spin.objective import build_objective, num_iterations
+from megatron_spin.training.optimizer_settings import COMMON_FIELDS, check_optimizer
 
 
-def check_training(config: Config, *, world_size: int) -> torch.device:
-    """Checks device, formats, layout, batch, optimizer and objective; returns the device, ready for Megatron's import.
+def check_training(config: Config, *, world_size: int) -> None:
+    """Checks device, formats, layout, batch, optimizer and objective, by rules that training itself checks again.
 
     Raises:
         DeviceError: the device is not there, or cannot run the layer spec or the FP8 format.
@@ -16,12 +17,20 @@ def check_training(config: Config, *, world_size: int) -> torch.device:
             the objective reports a metric under a name that is taken.
         CheckpointError: ``model.hf`` has no readable config.json.
     """
-    device = choose_device(config.device)  # before Megatron is imported, below
-    check_config(config, device, world_size=world_size)
+    check_version()
+    on_gpu = gpu_count(config) > 0
+    check_config(config, "cuda" if on_gpu else "cpu", world_size=world_size)
+    check_optimizer(config)
+    objectives = [build_objective(config, iteration) for iteration in range(num_iterations(config))]
+    has_unusual_fields = not config.training.optimizer.keys() <= COMMON_FIELDS
+    if not on_gpu and not has_unusual_fields and config.training.objective in OBJECTIVES:
+        return
+    from megatron_spin.parallel.setup import choose_device
+
+    choose_device(config.device)  # before Megatron is imported, by the next lines
     from megatron_spin.training.forward_step import reported_names
     from megatron_spin.training.optimizer import optimizer_config
 
     optimizer_config(config, learning_rate=1.0)
-    for iteration in range(num_iterations(config)):
-        reported_names(build_objective(config, iteration))  # calls it once
-    return device
+    for objective in objectives:
+        reported_names(objective)  # calls it once

@@ -20,10 +20,6 @@ ALPHA, EPS = 0.99, 1e-8
 """torch.optim.RMSprop's own defaults, under Megatron's names ``adam_beta2`` and ``adam_eps``."""
 AS_ADAM: dict[str, Any] = {"optimizer": "adam", "adam_beta1": 0.0}
 """What Megatron is asked for in RMSProp's place."""
-REFUSED = ("adam_beta1", "sgd_momentum", "optimizer_cpu_offload")
-"""Fields of ``OptimizerConfig`` that would be ignored: RMSProp has no momentum here, and Megatron's offloading knows
-Adam and SGD alone.
-"""
 
 
 class RMSProp(torch.optim.AdamW):

@@ -102,7 +102,7 @@ def gradients(trainer: Any, hf: Path) -> dict[str, np.ndarray]:
 def weights(trainer: Any, hf: Path) -> dict[str, np.ndarray]:
     """The weights under their Hugging Face names, on rank 0 (empty elsewhere)."""
     from megatron_spin.conversion.stream import stream_hf
-    from megatron_spin.hf.files import read_hf_config
+    from megatron_spin.hf.assets import read_hf_config
 
     return {
         name: tensor.numpy().copy()

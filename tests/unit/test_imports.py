@@ -24,6 +24,7 @@ LIGHT = (
     "report",
     "run",
     "spin/objective",
+    "training/preflight",
 )
 NEEDS_TORCH = {f"megatron_spin.evaluation.{name}" for name in ("answers", "logps", "measurement")}
 HEAVY = ("torch", "megatron.core", "transformers", "vllm")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_spin.errors import DeviceError
-from megatron_spin.parallel import cpu_device
+from megatron_spin.parallel.check import refuse_untested
 from megatron_spin.parallel.setup import choose_device
 from tests.support.runs import REPOSITORY
 
@@ -22,13 +22,13 @@ def test_cuda_is_refused_where_there_is_none() -> None:
 
 @pytest.mark.parametrize("version", ["0.16.1", "0.17.1", "0.18.2", "0.19.2"])
 def test_tested_versions_of_megatron(version: str) -> None:
-    cpu_device.refuse_untested(version)
+    refuse_untested(version)
 
 
 @pytest.mark.parametrize("version", ["0.15.0", "0.16.0", "0.20.0rc0", "0.20.0", "1.0"])
 def test_untested_versions_of_megatron_are_refused(version: str) -> None:
     with pytest.raises(DeviceError, match=rf"megatron-core {version} is outside the tested range >=0.16.1,<0.20"):
-        cpu_device.refuse_untested(version)
+        refuse_untested(version)
 
 
 def run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:

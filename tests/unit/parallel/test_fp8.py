@@ -37,13 +37,12 @@ def test_fp8_table(
 
 
 def test_fp8_is_refused_on_a_cpu() -> None:
-    cpu = torch.device("cpu")
     with pytest.raises(
         DeviceError,
         match=r"precision.fp8=hybrid .* cannot run on a CPU .* recipes that can: none: set precision.fp8 to null",
     ):
-        check_fp8(build(precision={"fp8": "hybrid"}), cpu)
-    check_fp8(build(), cpu)
+        check_fp8(build(precision={"fp8": "hybrid"}), "cpu")
+    check_fp8(build(), "cpu")
 
 
 def test_other_formats_are_refused() -> None:
@@ -53,15 +52,14 @@ def test_other_formats_are_refused() -> None:
 
 def test_fp8_with_the_local_spec_is_refused_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron's local linears are never FP8, and say nothing."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     for module in (fp8, kernels):
         monkeypatch.setattr(module, "version_of", lambda package: "2.8.0")
-    gpu = torch.device("cuda", 0)
-    check_fp8(build(precision={"fp8": "hybrid"}), gpu)
+    check_fp8(build(precision={"fp8": "hybrid"}), "cuda")
     with pytest.raises(DeviceError, match="needs Transformer Engine's layers"):
-        check_fp8(build(precision={"fp8": "hybrid"}, layer_spec="local"), gpu)
+        check_fp8(build(precision={"fp8": "hybrid"}, layer_spec="local"), "cuda")
     with pytest.raises(
         DeviceError, match=r"fp8_recipe=mxfp8 cannot run on compute capability 9.0 .* delayed, tensorwise"
     ):
-        check_fp8(build(precision={"fp8": "hybrid"}, model={"hf": "x", "transformer": {"fp8_recipe": "mxfp8"}}), gpu)
+        check_fp8(build(precision={"fp8": "hybrid"}, model={"hf": "x", "transformer": {"fp8_recipe": "mxfp8"}}), "cuda")

@@ -1,6 +1,8 @@
 """What is refused before anything starts."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,27 @@ from megatron_spin.config import from_dict, to_yaml
 from megatron_spin.errors import CheckpointError, ConfigError, DataError, RunDirError, SpinError
 from megatron_spin.run.directory import RunDir
 from megatron_spin.run.plan import Plan
+from tests.support.runs import environment
 
 
 def test_preflight_accepts_and_touches_nothing(raw: dict[str, Any], tmp_path: Path) -> None:
     plan = Plan(from_dict(raw), RunDir(tmp_path / "run"))
     check_all(plan, plan.phases())
     assert not (tmp_path / "run").exists()
+
+
+def test_preflight_of_a_usual_run_on_a_cpu_imports_nothing_that_takes_seconds(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "spin.yaml").write_text(to_yaml(from_dict(raw)))
+    script = (
+        "import sys; sys.argv = ['plan.py', sys.argv[1], '--check']; from megatron_spin.commands import plan; "
+        "plan.main(); assert not {'torch', 'transformers', 'pandas'} & sys.modules.keys()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "spin.yaml")]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment(), check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "phase=prepare status=todo" in ran.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""Which optimizers there are, and which settings they refuse. No torch."""
+
+from megatron_spin.config import Config
+from megatron_spin.errors import ConfigError
+
+OPTIMIZERS = ("adam", "rmsprop", "sgd")
+REFUSED_BY_RMSPROP = ("adam_beta1", "sgd_momentum", "optimizer_cpu_offload")
+"""Fields of ``OptimizerConfig`` that would be ignored: RMSProp has no momentum here, and Megatron's offloading knows
+Adam and SGD alone.
+"""
+COMMON_FIELDS = {
+    "optimizer",
+    "clip_grad",
+    "weight_decay",
+    "decoupled_weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "sgd_momentum",
+}
+"""Fields that every version of Megatron's ``OptimizerConfig`` has, so that it need not be imported to check them."""
+
+
+def check_optimizer(config: Config) -> None:
+    """Checks ``training.optimizer`` as far as that is possible without Megatron.
+
+    Raises:
+        ConfigError: an unknown optimizer, or a field that it ignores.
+    """
+    given = config.training.optimizer
+    if given["optimizer"] not in OPTIMIZERS:
+        raise ConfigError(
+            f"training.optimizer.optimizer={given['optimizer']!r} is not there: choose one of {', '.join(OPTIMIZERS)}"
+        )
+    if given["optimizer"] != "rmsprop":
+        return
+    for name in REFUSED_BY_RMSPROP:
+        if name in given:
+            raise ConfigError(
+                f"training.optimizer.{name}={given[name]} does not apply to rmsprop: leave it out, or use optimizer: "
+                "adam"
+            )
