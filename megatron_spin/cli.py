@@ -80,6 +80,9 @@ def run(main: Callable[[], None]) -> None:
         _defect(error)
     except Exception as error:
         _defect(error)
+    else:
+        if processes.world_size() > 1:
+            _leave(0)
 
 
 def _defect(error: Exception) -> None:
@@ -105,7 +108,8 @@ def _fail(message: str, status: int) -> None:
 
 
 def _leave(status: int) -> None:
-    # A process that belongs to a group must not wait for its peers in destructors: they may hang in a collective.
+    # A process that belongs to a group must not run destructors. They may wait for peers that hang in a collective, and
+    # gloo's threads may outlive what they use: then a phase that did all its work ends with SIGABRT.
     sys.stdout.flush()
     sys.stderr.flush()
     if processes.world_size() > 1:

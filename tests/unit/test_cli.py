@@ -141,3 +141,29 @@ def test_an_error_after_a_bar_has_a_line_of_its_own() -> None:
     os.close(screen)
     assert process.wait() == 2
     assert re.search(r"work: +30%\|.*\r\nerror: no more rows\r\n$", shown), shown
+
+
+DONE = """
+import atexit, os
+from megatron_spin import cli
+
+def main():
+    atexit.register(os.abort)
+    print("all done")
+
+cli.run(main)
+"""
+
+
+def test_a_rank_that_is_done_leaves_without_destructors() -> None:
+    """A gloo thread that outlived the process group ended a finished training with SIGABRT, seen on a busy machine."""
+    ran = subprocess.run(
+        [sys.executable, "-c", DONE],
+        capture_output=True,
+        text=True,
+        env=environment(RANK="1", WORLD_SIZE="2"),
+        check=False,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "all done\n"
