@@ -19,7 +19,7 @@ many steps.
   DTYPE=NAME    bf16 or fp32 (default: bf16 where the GPU or the CPU computes in it, else fp32)
   key=value     override a key of spin.yaml, for example data.num_prompts=256
 
-environment: PYTHON (interpreter, default .venv/bin/python of this repository), OMP_NUM_THREADS (threads a process)
+environment: PYTHON (interpreter, default .venv/bin/python of this repository), OMP_NUM_THREADS (threads per process)
 TEXT
 }
 

@@ -151,7 +151,7 @@ def fine_tune(
     directory: Path, rows: Sequence[dict[str, str]], *, steps: int, rate: float = 3e-3, batch: int = 64
 ) -> float:
     """Trains the model in ``directory`` on ``rows`` (prompt, then response and ``</s>``) in place; returns the last
-    loss, nats a token.
+    loss, nats per token.
     """
     torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much on a busy machine
     tokenizer = AutoTokenizer.from_pretrained(directory)

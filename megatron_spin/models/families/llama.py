@@ -97,7 +97,7 @@ def rope_arguments(hf_config: HfConfig) -> dict[str, Any]:
     raise ConfigError(f"the model's RoPE scaling {rope_type!r} is not supported: default, linear and llama3 are")
 
 
-# The rows of biases serve model providers of one's own: ``refuse`` accepts no model with biases.
+# The rows of biases serve a user's own model providers: ``refuse`` accepts no model with biases.
 RULES: dict[str, Rule] = {
     "embedding.word_embeddings.weight": VocabParallel(("model.embed_tokens.weight",)),
     "decoder.layers.{layer}.input_layernorm.weight": Direct(("model.layers.{layer}.input_layernorm.weight",)),
