@@ -21,9 +21,8 @@ COMPUTED = {
 class SDPAttention(torch.nn.Module):
     """Causal attention over right-padded batches, on CPU and CUDA.
 
-    It takes no padding mask: padding is on the right, so causality hides it from every real position. Grouped queries
-        are
-    not repeated in memory.
+    It takes no padding mask: padding is on the right, so causality hides it from every real position. Keys and values
+    of grouped queries are not repeated in memory.
     """
 
     def __init__(
