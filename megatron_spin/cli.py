@@ -63,6 +63,7 @@ def run(main: Callable[[], None]) -> None:
 
     Unexpected exceptions keep their traceback (status 1): they are defects, and the traceback is needed to fix them.
     """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and data are local paths: nothing is downloaded
     try:
         log.setup()
         main()

@@ -1,7 +1,7 @@
 """Named errors and their exit statuses.
 
-A message is one line that names the value, the rule and the remedy. Status 2 is for what the user can mend (input,
-configuration, a full disk); status 1 for what is not the user's doing (a gate that caught a numerical disagreement, a
+A message is one line that names the value, the rule and the remedy. Status 2 is for what the user can fix (input,
+configuration, a full disk); status 1 for what the user did not cause (a gate that caught a numerical disagreement, a
 defect).
 """
 

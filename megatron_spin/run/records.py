@@ -14,7 +14,7 @@ from megatron_spin.errors import RunDirError
 from megatron_spin.io import read_json, write_json
 
 KINDS = ("prepare", "import", "generate", "train", "export", "evaluate", "guard", "rotate", "finish")
-"""What stands before the colon of a phase's name, in the order of the plan."""
+"""What comes before the colon in a phase's name, in the order of the plan."""
 
 
 def kind_and_label(phase: str) -> tuple[str, str]:
@@ -49,7 +49,7 @@ class PhaseRecord:
             finished=finished if is_done else None,
             seconds=round(seconds, 3),
             peak_memory_gib=round(machine.peak_memory(), 3),
-            machines=(machine.describe(),),
+            machines=(machine.machine_line(),),
             details=details,
         )
 

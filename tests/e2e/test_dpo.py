@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +11,13 @@ import yaml
 
 from megatron_spin.io import read_json
 from megatron_spin.report.results import read_results
-from tests.support.runs import REPOSITORY, metrics
+from tests.support.runs import metrics, run_driver
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl
 
 
 def driver(place: Path, name: str, config: dict[str, Any], *arguments: str) -> subprocess.CompletedProcess[str]:
     (place / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, **config}))
-    command = [str(REPOSITORY / "tools/spin.sh"), f"{name}.yaml", "--run-dir", name, *arguments]
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert ran.returncode == 0, f"{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
-    return ran
+    return run_driver(f"{name}.yaml", "--run-dir", name, *arguments, cwd=place, check=True, timeout=300)
 
 
 @pytest.mark.slow

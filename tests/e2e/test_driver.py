@@ -26,7 +26,7 @@ from megatron_spin.hf.model import load_model
 from megatron_spin.report.diagnosis import read_diagnosis
 from megatron_spin.run.directory import RunDir
 from tests.support.processes import survivors
-from tests.support.runs import REPOSITORY, environment, forget, metrics, one_line
+from tests.support.runs import REPOSITORY, environment, forget, metrics, one_line, run_driver
 from tests.support.terminal import drawn
 from tests.support.tiny import sft_rows, tiny_model, write_jsonl
 
@@ -101,16 +101,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spin(place: Path, *arguments: str, timeout: float = 600) -> Finished:
     """Runs the driver in ``place`` to its end."""
-    command = [DRIVER, "spin.yaml", *arguments]
-    return subprocess.run(
-        command,
-        cwd=place,
-        env=environment(PYTHON=sys.executable),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    return run_driver("spin.yaml", *arguments, cwd=place, timeout=timeout)
 
 
 def start(place: Path, *arguments: str) -> subprocess.Popen[str]:

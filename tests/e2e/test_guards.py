@@ -4,29 +4,13 @@ opponent knows the answers.
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.runs import REPOSITORY, environment, forget, metrics, one_line, run_tool, tiny_yaml
+from tests.support.runs import forget, metrics, one_line, run_driver, run_tool, tiny_yaml
 from tests.support.tiny import fine_tune, sft_rows, write_jsonl
-
-Finished = subprocess.CompletedProcess[str]
-
-
-def spin(config: Path, run: Path, *arguments: str) -> Finished:
-    command = [str(REPOSITORY / "tools/spin.sh"), str(config), "--run-dir", str(run), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=600, check=False, env=environment(PYTHON=sys.executable)
-    )
-
-
-def succeeded(ran: Finished) -> Finished:
-    assert ran.returncode == 0, f"{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
-    return ran
 
 
 def state(run: Path) -> dict[str, Any]:
@@ -58,7 +42,7 @@ def ruined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
     fine_tune(place / "model", sft_rows(2000, seed=9), steps=100)
     write_jsonl(place / "eval.jsonl", sft_rows(24, seed=2))
-    succeeded(spin(config, place / "run", "--until", "evaluate:0"))
+    run_driver(config, "--run-dir", place / "run", "--until", "evaluate:0", check=True)
     return config, place / "run"
 
 
@@ -71,7 +55,7 @@ def run(ruined: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
 
 def test_a_ruined_model_is_warned_of_and_the_run_goes_on(run: tuple[Path, Path]) -> None:
     config, directory = run
-    ran = succeeded(spin(config, directory, "--until", "rotate:0"))
+    ran = run_driver(config, "--run-dir", directory, "--until", "rotate:0", check=True)
     assert tripped(directory) >= {"real_logps_fall", "nll_rise", "end_of_answer", "length", "repetition"}, verdicts(
         directory
     )
@@ -97,7 +81,7 @@ def test_stop_stops_again_until_the_user_decides(run: tuple[Path, Path]) -> None
     config, directory = run
     stop = ("guards.nll_rise.action=stop", "guards.end_of_answer.action=rollback")
     for _ in range(2):
-        ran = spin(config, directory, "--until", "rotate:0", *stop)
+        ran = run_driver(config, "--run-dir", directory, "--until", "rotate:0", *stop)
         error = one_line(ran, 2)
         assert "guard nll_rise: held-out NLL per token is" in error and "guards.nll_rise.action=warn" in error
         assert (
@@ -105,7 +89,7 @@ def test_stop_stops_again_until_the_user_decides(run: tuple[Path, Path]) -> None
             and not (directory / "iteration_0/DONE").exists()
             and "result" not in state(directory)
         )
-    ran = succeeded(spin(config, directory, "--until", "rotate:0", "guards.nll_rise.threshold=1e9"))
+    ran = run_driver(config, "--run-dir", directory, "--until", "rotate:0", "guards.nll_rise.threshold=1e9", check=True)
     assert (directory / "iteration_0/DONE").exists() and "nll_rise" not in tripped(directory)
 
 
@@ -113,7 +97,9 @@ def test_rollback_makes_the_previous_model_the_result(run: tuple[Path, Path], ru
     config, directory = run
     for again in (False, True):
         before = state(directory)
-        ran = succeeded(spin(config, directory, "--until", "generate:1", "guards.repetition.action=rollback"))
+        ran = run_driver(
+            config, "--run-dir", directory, "--until", "generate:1", "guards.repetition.action=rollback", check=True
+        )
         assert (again and state(directory) == before) or "rollback: guard repetition, iteration 0: " in ran.stderr
         assert "generate:1: left out, since iteration 0 was rolled back" in ran.stdout
         assert not (directory / "iteration_1").exists() and not (directory / "iteration_0/DONE").exists()
@@ -151,7 +137,7 @@ def test_an_opponent_that_knows_the_answers_leaves_nothing_to_learn(tmp_path: Pa
         guards={"converged": {"action": "rollback"}},
     )
     assert fine_tune(tmp_path / "model", sft_rows(40, seed=1), steps=400) < 0.01
-    ran = succeeded(spin(config, tmp_path / "run"))
+    ran = run_driver(config, "--run-dir", tmp_path / "run", check=True)
     assert verdicts(tmp_path / "run")["converged"]["value"] > 0.95 and tripped(tmp_path / "run") == {"converged"}
     blind = [line for line in ran.stderr.splitlines() if "could not look" in line]
     assert [line.partition(" ")[2] for line in blind] == [
@@ -179,7 +165,7 @@ def test_an_opponent_that_is_beaten_at_once(tmp_path: Path) -> None:
     )
     rows = [{"prompt": row["prompt"], "response": "w1 w2 w3"} for row in sft_rows(40, seed=1)]
     write_jsonl(tmp_path / "train.jsonl", rows)
-    ran = succeeded(spin(config, tmp_path / "run"))
+    ran = run_driver(config, "--run-dir", tmp_path / "run", check=True)
     assert tripped(tmp_path / "run") == {"saturated"}, verdicts(tmp_path / "run")
     assert "warning: guard saturated, iteration 0: from step " in ran.stderr
     assert metrics(tmp_path / "run/iteration_0/metrics.jsonl")[-1]["accuracy"] == 1.0

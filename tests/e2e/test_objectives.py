@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from megatron_spin.config import load_config
 from megatron_spin.report.plot import plot
 from megatron_spin.report.results import compared_models, read_results
 from megatron_spin.run.directory import RunDir
-from tests.support.runs import REPOSITORY, environment, forget, metrics, one_line
+from tests.support.runs import forget, metrics, one_line, run_driver
 
 SPACE = "training.objective=examples.objectives.space:Space"
 TSPIN = "training.objective=examples.objectives.tspin:Tspin"
@@ -26,20 +24,13 @@ BETA = 0.3
 """As in the tiny configuration."""
 
 
-def spin(config: Path, run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(REPOSITORY / "tools/spin.sh"), str(config), "--run-dir", str(run), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=600, check=False, env=environment(PYTHON=sys.executable)
-    )
-
-
 def played(generated: tuple[Path, Path], place: Path, *arguments: str) -> tuple[Path, str]:
     """Continues a copy of the run ``generated`` with another objective; returns its directory and its stderr."""
     config, run = generated
     shutil.copytree(run, place / "run")
     (place / "run/config.yaml").unlink()  # so that it is a run of whatever configuration continues it
     forget(place / "run", "generate:0")  # the answers stay, and the pairs are made anew for the objective
-    ran = spin(config, place / "run", *ITERATION, *arguments)
+    ran = run_driver(config, "--run-dir", place / "run", *ITERATION, *arguments)
     assert ran.returncode == 0, f"{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
     return place / "run", ran.stderr
 
@@ -178,7 +169,7 @@ def test_mistakes_cost_one_line(
     generated: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     config, _ = generated
-    ran = spin(config, tmp_path / "run", "--dry-run", *arguments)
+    ran = run_driver(config, "--run-dir", tmp_path / "run", "--dry-run", *arguments)
     assert message in one_line(ran, status=2)
     assert len(ran.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()

@@ -47,6 +47,24 @@ def run_tool(
     return result
 
 
+def run_driver(
+    *arguments: object, cwd: Path | None = None, check: bool = False, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``tools/spin.sh`` to its end; with ``check`` a failure raises with the end of its output."""
+    result = subprocess.run(
+        [str(REPOSITORY / "tools/spin.sh"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(PYTHON=sys.executable),
+        cwd=cwd,
+        check=False,
+    )
+    if check:
+        assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
+    return result
+
+
 def one_line(result: subprocess.CompletedProcess[str], status: int | None = None) -> str:
     """The one error line of a run that ended with ``status``; None: with 1 or 2."""
     expected = (1, 2) if status is None else (status,)

@@ -371,7 +371,7 @@ def test_a_readme_without_the_markers(tmp_path: Path, text: str) -> None:
 def test_a_run_names_each_machine_it_ran_on_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = RunDir(tmp_path)
     for phase, name in (("prepare", "here"), ("import", "here"), ("train:0", "there")):
-        monkeypatch.setattr(machine, "describe", lambda name=name: name)
+        monkeypatch.setattr(machine, "machine_line", lambda name=name: name)
         run_dir.mark_done(phase, seconds=1.0)
     assert read_json(run_dir.state)["machines"] == ["here", "there"]
 
