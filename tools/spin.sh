@@ -81,8 +81,9 @@ read_plan() { # [--check]
   [[ -z $run_dir ]] || arguments+=(--run-dir "$run_dir")
   [[ -z $until ]] || arguments+=(--until "$until")
   text=$("$python" "$repository/tools/plan.py" "${arguments[@]}") || exit $?
-  mapfile -t plan < <(grep '^phase=' <<<"$text" || true)
-  eval "$(grep '^run_dir=' <<<"$text")"
+  mapfile -t plan < <(grep -a '^phase=' <<<"$text" || true) # -a: a path need not be UTF-8
+  ((${#plan[@]})) || die 1 "tools/plan.py printed no phase"
+  eval "$(grep -a '^run_dir=' <<<"$text")"
 }
 
 print_plan() {

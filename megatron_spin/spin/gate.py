@@ -8,7 +8,7 @@ import itertools
 
 import torch
 
-from megatron_spin.errors import GateError
+from megatron_spin.errors import ConfigError, GateError
 from megatron_spin.spin.objective import AnswerLogps, Objective, Outcome
 
 ROUNDING = 1e-6
@@ -45,11 +45,18 @@ def first_loss(objective: Objective, logps: AnswerLogps, noise: float) -> FirstL
     Args:
         logps: of all pairs of the first batch; the policy's are the scores of the same weights.
         noise: nats by which two computations of one score may differ.
+
+    Raises:
+        ConfigError: the objective's counts are all zero.
     """
     at_start = _evaluate(objective, logps, logps.policy)
     count = float(len(logps.policy))
     if at_start.count is not None:
         count = float(at_start.count.sum())
+    if not count:
+        raise ConfigError(
+            f"objective {type(objective).__name__} counts nothing in the first batch: its loss has no mean"
+        )
     # A convex loss is largest at a corner of the box of scores that noise allows, so its corners bound what noise can
     # do.
     worst = torch.zeros_like(at_start.loss)

@@ -125,8 +125,9 @@ def _load(name: str) -> type[Objective]:
             "derive it from that class"
         )
     for attribute in ("label", "task"):
-        if not hasattr(found, attribute):
-            raise ConfigError(f"training.objective={name!r} has no {attribute}: give the class this attribute, a text")
+        text = getattr(found, attribute, None)
+        if not isinstance(text, str) or len(text.splitlines()) != 1:
+            raise ConfigError(f"training.objective={name!r} has no {attribute}: give the class one line of text")
     if found.__call__ is Objective.__call__:
         raise ConfigError(f"training.objective={name!r} has no __call__: define what it computes from the log-probs")
     _check_answers(name, found)
@@ -134,6 +135,8 @@ def _load(name: str) -> type[Objective]:
 
 
 def _check_answers(name: str, kind: type[Objective]) -> None:
+    if not isinstance(kind.answers, tuple):
+        raise ConfigError(f"training.objective={name!r} has answers {kind.answers!r}: write them as a tuple")
     known = ("real", "generated", "initial") if kind.generates else ("real", "generated")
     if (
         kind.answers[:1] != ("real",)
@@ -181,6 +184,8 @@ def build_objective(config: Config, iteration: int) -> Objective:
             raise ConfigError(
                 f"spin.parameters.{name} is not a parameter of objective {config.training.objective}: {hint}"
             )
+        if value == []:
+            raise ConfigError(f"spin.parameters.{name} is an empty list: give one value per iteration")
         values[name] = parse(types[name], at_iteration(value, iteration), f"spin.parameters.{name}")
     missing = [name for name, field in fields.items() if name not in values and _has_no_default(field)]
     if missing:

@@ -87,6 +87,16 @@ class GeneratesForNothing(Own):
 
 
 @dataclasses.dataclass(frozen=True)
+class ListOfAnswers(Own):
+    answers: ClassVar[Any] = ["real", "generated"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoLines(Own):
+    task: ClassVar[str] = "one\ntwo"
+
+
+@dataclasses.dataclass(frozen=True)
 class Unchecked(Own):
     answers: ClassVar[tuple[str, ...]] = ("real",)
     generates: ClassVar[bool] = False
@@ -149,6 +159,9 @@ def test_a_users_own_objective() -> None:
         (f"{HERE}:Unknown", {}, "the others may be generated and initial"),
         (f"{HERE}:InitialWithoutGenerating", {}, "the others may be generated, each once"),
         (f"{HERE}:GeneratesForNothing", {}, "its answers lack 'generated'"),
+        (f"{HERE}:ListOfAnswers", {}, "write them as a tuple"),
+        (f"{HERE}:TwoLines", {}, "has no task: give the class one line of text"),
+        (f"{HERE}:Own", {"mu": []}, "spin.parameters.mu is an empty list: give one value per iteration"),
         (f"{HERE}:Unchecked", {}, "needs a reference, but has no answer beside the real one"),
         (f"{HERE}:Own", {"mu": 1.0, "beta": 0.3}, "spin.parameters.beta has a key of its own: set spin.beta"),
     ],

@@ -1,6 +1,7 @@
 """What the training step reports, for token losses that are given."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -80,3 +81,67 @@ def test_a_metric_does_not_replace_what_every_step_reports(name: str) -> None:
     """Before, the gate and the check for NaN looked at the metric in the loss's place."""
     with pytest.raises(ConfigError, match=f"Hidden reports a metric {name}, which every step has"):
         reported_names(Hidden(name=name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(Spin):
+    """Goes wrong in a way that ``how`` names."""
+
+    how: str = ""
+
+    def __call__(self, logps: AnswerLogps) -> Outcome:
+        outcome = super().__call__(logps)
+        loss = outcome.loss
+        if self.how == "raises":
+            return {}["nothing"]  # type: ignore[no-any-return]
+        if self.how == "exits":
+            raise SystemExit(3)
+        if self.how == "none":
+            return None  # type: ignore[return-value]
+        changes: dict[str, Any] = {
+            "detached": {"loss": loss.detach()},
+            "one number": {"loss": loss.mean()},
+            "nan": {"loss": loss * math.nan},
+            "whole": {"loss": loss.int()},
+            "fraction": {"count": torch.full_like(loss, 0.5)},
+            "name": {"metrics": {"a/../b": loss}},
+            "value": {"metrics": {"extra": 3.0}},
+        }[self.how]
+        return dataclasses.replace(outcome, **changes)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raises", r"objective Broken fails with KeyError: 'nothing' \(.*test_forward_step\.py:\d+\)"),
+        ("exits", r"fails with SystemExit: 3"),
+        ("none", r"returns NoneType: return an Outcome"),
+        ("detached", r"does not depend on the policy's log-probs: nothing would be trained"),
+        ("one number", r"gives no loss per prompt"),
+        ("nan", r"gives a loss that is not finite"),
+        ("whole", r"gives no loss per prompt"),
+        ("fraction", r"gives no count per prompt"),
+        ("name", r"reports a metric 'a/\.\./b'"),
+        ("value", r"reports a metric extra that is no tensor"),
+    ],
+)
+def test_an_objective_that_cannot_be_trained_is_refused_before_anything_starts(how: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        reported_names(Broken(how=how))
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgetful(Spin):
+    """Leaves its metrics out where there are three prompts."""
+
+    def __call__(self, logps: AnswerLogps) -> Outcome:
+        outcome = super().__call__(logps)
+        return dataclasses.replace(outcome, metrics={}) if len(logps.policy) == 3 else outcome
+
+
+def test_a_metric_that_is_missing_later_is_named() -> None:
+    examples = [Example([3, 4], ([5, 2], [6, 2]))] * 3
+    [batch] = batcher(examples).microbatches(torch.arange(3).numpy(), torch.zeros(3, 2).numpy())
+    output, loss_func = objective_forward_step(Forgetful())(iter([batch]), GivenLosses())
+    with pytest.raises(ConfigError, match=r"Forgetful reports loss, real_logps, .* but reported loss, margin"):
+        loss_func(output)
