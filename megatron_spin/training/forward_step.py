@@ -45,8 +45,8 @@ def objective_forward_step(objective: Objective) -> ForwardStep:
             named[name] = torch.stack([values.detach().float().sum(), total])
         if list(named) != names:
             raise ConfigError(
-                f"objective {type(objective).__name__} reports {', '.join(named)}, but reported {', '.join(names)} when it "
-                "was tried: report the same metrics in every call"
+                f"objective {type(objective).__name__} reports {', '.join(named)}, but when it was tried it reported "
+                f"{', '.join(names)}: report the same metrics in every call"
             )
         return loss_sum, count, named
 
