@@ -40,8 +40,6 @@ OWNED = {
 """Fields of TransformerConfig that another config key sets, and that key: two places could contradict each other."""
 FIXED = (
     "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
     "calculate_per_token_loss",
     "hidden_dropout",
     "attention_dropout",
@@ -93,9 +91,16 @@ def transformer_config(hf_config: HfConfig, config: Config, dims: ParallelDims) 
         with warnings.catch_warnings():
             # Megatron warns about its own default.
             warnings.filterwarnings("ignore", message="full scope is deprecated")
-            return TransformerConfig(**values)
+            transformer = TransformerConfig(**values)
     except (AssertionError, ValueError, TypeError) as error:
         raise ConfigError(f"model.transformer: Megatron's TransformerConfig refuses it: {error}") from error
+    experts = transformer.expert_model_parallel_size
+    if experts != dims.ep_size:
+        raise ConfigError(
+            f"model.transformer.expert_model_parallel_size={experts} does not fit the {dims.ep_size} expert parallel "
+            "ranks of this run: remove it"
+        )
+    return transformer
 
 
 def gpt_model(
