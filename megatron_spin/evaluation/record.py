@@ -93,7 +93,7 @@ class AnswerMeasures:
 
 @dataclasses.dataclass(frozen=True)
 class OpponentMeasures:
-    """How the model stands against its opponent, on held-out pairs of a real answer and another one.
+    """How the model does against its opponent, on held-out pairs of a real answer and another one.
 
     The other answer is a sample of the opponent, or the rejected answer of a preference row.
     """
