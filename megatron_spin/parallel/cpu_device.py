@@ -7,6 +7,7 @@ every operation down, so it is used around build, schedule, step and checkpoint 
 """
 
 import contextlib
+import ctypes
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +21,13 @@ from megatron_spin.parallel.check import check_version
 
 GPU_ONLY = ("transformer_engine", "apex")
 """Packages of CUDA kernels: if one is installed, Megatron prefers its optimizers and norms and fails on CPU tensors."""
+
+_MALLOC_OPTIONS = {
+    -4: 0,  # M_MMAP_MAX: no allocation is a mapping of its own
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: the heap does not shrink
+    -2: 2**28,  # M_TOP_PAD: the heap grows in large pieces
+}
+"""Parameters of glibc's mallopt, by their numbers in malloc.h."""
 
 _installed = False
 
@@ -48,6 +56,7 @@ def install() -> None:
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    _keep_memory()
     _installed = True
 
 
@@ -115,6 +124,19 @@ _CUDA_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "stream": lambda *_: contextlib.nullcontext(),
     "Stream": _Stream,
 }
+
+
+def _keep_memory() -> None:
+    """Lets glibc keep freed memory instead of returning it to the kernel.
+
+    By default each large tensor is mapped when it is made and unmapped when it is freed, and the kernel clears its
+    pages each time. A step makes hundreds of them.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # another C library
+        return
+    for option, value in _MALLOC_OPTIONS.items():
+        libc.mallopt(option, value)
 
 
 def _import_megatron_without_compiling() -> None:
