@@ -4,6 +4,7 @@ The profiler itself slows the step by some percent; the shares are what counts.
 """
 
 import argparse
+import datetime
 import runpy
 import shutil
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 from benchmarks import ours
 from benchmarks.workload import read_workload
+from megatron_spin import machine
 
 STEPS = 8
 """How many steps are profiled, after the workload's warm-up."""
@@ -110,6 +112,7 @@ def main() -> None:
     run_dir = arguments.workload.with_name("profile.run")
     shutil.rmtree(run_dir, ignore_errors=True)
     text = table(profile_training(arguments.workload, run_dir))
+    text += f"\n\n{STEPS} steps, measured {datetime.date.today()} on {machine.machine_name()}. {machine.versions()}."
     shutil.rmtree(run_dir)
     print(f"\n{text}")
     if arguments.page is not None:

@@ -123,12 +123,12 @@ def page(
     days = sorted({record.started[:10] for record in records})
     day = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     versions = sorted({record.measurement.versions for record in records})
-    runs = sorted({one.runs for one in summaries})
+    runs = " or ".join(str(count) for count in sorted({one.runs for one in summaries}))
     about = (
         f"DPO on {workload.num_pairs} pairs of {workload.source}, {workload.pairs_per_step} per step, a Llama of "
         f"{workload.parameters / 1e6:.1f} million parameters, fp32, {threads} threads. Each run counts "
-        f"{workload.measured_steps} steps after {workload.warmup_steps} that do not count; the figures are medians of "
-        f"{' or '.join(map(str, runs))} runs per row, in alternating order."
+        f"{workload.measured_steps} steps after {workload.warmup_steps} that do not count. Runs per row: {runs}, in "
+        "alternating order; the figures are medians."
     )
     where = f"Measured {day} on {machine}. {'; '.join(versions)}."
     return "\n\n".join([markdown(summaries, yardstick=yardstick), about, where, *warnings(summaries, records)])
