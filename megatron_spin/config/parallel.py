@@ -22,6 +22,9 @@ class ParallelConfig:
     """Shard the optimizer state over the data parallel ranks."""
     ddp: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Any field of ``DistributedDataParallelConfig``."""
+    timeout: Annotated[int, Positive] = 30
+    """Minutes that a rank waits for the others before it gives up: long enough for rank 0 to write an export while
+    the others wait."""
     nproc_per_node: Annotated[int | None, Positive] = None
     """Processes that the driver starts on each node; null: one per GPU, or on a CPU as many as one model replica
     needs."""

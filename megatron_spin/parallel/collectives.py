@@ -1,7 +1,12 @@
-"""What ranks must agree on: the first error, and what each of them holds."""
+"""What ranks must agree on: a decision, the first error, and what each of them holds.
+
+Ranks on other nodes may see an older state of a shared file system: NFS keeps directory listings for up to a minute.
+So rank 0 alone reads what a decision depends on, and no rank enters a collective while another one has failed.
+"""
 
 import contextlib
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -36,3 +41,18 @@ def raised_everywhere(dims: ParallelDims) -> Iterator[None]:
     for other in gather_objects(error, dims):
         if other is not None:
             raise other
+
+
+def on_rank_zero(dims: ParallelDims, action: Callable[[], T]) -> T:
+    """Runs ``action`` on rank 0 alone; its result, or its error, is that of every rank; a collective.
+
+    ``action`` must hold no collective, and what it returns must be picklable. Expected errors are those of
+    :func:`raised_everywhere`.
+    """
+    outcome: list[T | None] = [None]
+    with raised_everywhere(dims):
+        if dims.rank == 0:
+            outcome[0] = action()
+    if dims.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    return typing.cast(T, outcome[0])

@@ -14,9 +14,6 @@ from megatron_spin.parallel.check import check_version
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.kernels import refuse_wrong_apex
 
-TIMEOUT = datetime.timedelta(minutes=30)
-"""Long enough for rank 0 to write or read a large checkpoint while the others wait."""
-
 
 def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """The device of this process, made ready for Megatron; call it before anything imports ``megatron.core``.
@@ -53,7 +50,7 @@ def initialize(parallel: ParallelConfig, device: torch.device, *, seed: int = 0)
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if not torch.distributed.is_initialized():
-        _join(device)
+        _join(device, datetime.timedelta(minutes=parallel.timeout))
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     with cpu_device.megatron_region():
@@ -61,6 +58,7 @@ def initialize(parallel: ParallelConfig, device: torch.device, *, seed: int = 0)
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
+            distributed_timeout_minutes=parallel.timeout,  # each group has its own
         )
         model_parallel_cuda_manual_seed(seed + 1)  # positive, as Megatron-LM asks of its own seed
     return ParallelDims(
@@ -80,10 +78,10 @@ def initialize(parallel: ParallelConfig, device: torch.device, *, seed: int = 0)
     )
 
 
-def _join(device: torch.device) -> None:
+def _join(device: torch.device, timeout: datetime.timedelta) -> None:
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "WORLD_SIZE" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+        torch.distributed.init_process_group(backend, timeout=timeout)
         return
     store = torch.distributed.HashStore()
-    torch.distributed.init_process_group(backend, timeout=TIMEOUT, rank=0, world_size=1, store=store)
+    torch.distributed.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=store)
