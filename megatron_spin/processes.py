@@ -4,6 +4,7 @@ An orphan would hold the run directory's lock and the driver's pipes.
 """
 
 import ctypes
+import dataclasses
 import functools
 import os
 import signal
@@ -20,6 +21,14 @@ def rank() -> int:
 def world_size() -> int:
     """How many ranks the launcher has started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process's place among those of a phase."""
+
+    rank: int
+    world_size: int
 
 
 def die_with_parent() -> None:

@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_spin.processes import Ranks
+
 if TYPE_CHECKING:  # megatron.core must not be imported before the device is chosen
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 @dataclasses.dataclass(frozen=True)
-class ParallelDims:
+class ParallelDims(Ranks):
     """Device, ranks and sizes of this process; passed to whoever needs it, keyword-only."""
 
     device: torch.device
-    rank: int
-    world_size: int
     tp_rank: int
     tp_size: int
     pp_rank: int

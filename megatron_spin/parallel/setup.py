@@ -13,6 +13,7 @@ from megatron_spin.parallel import cpu_device
 from megatron_spin.parallel.check import check_version
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.kernels import refuse_wrong_apex
+from megatron_spin.processes import Ranks
 
 
 def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -39,8 +40,21 @@ def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def join(parallel: ParallelConfig, device: torch.device) -> Ranks:
+    """Joins the process group of torchrun's environment (without it, a group of one), unless that has been done."""
+    if not torch.distributed.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        timeout = datetime.timedelta(minutes=parallel.timeout)
+        if "WORLD_SIZE" in os.environ:
+            torch.distributed.init_process_group(backend, timeout=timeout)
+        else:
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=store)
+    return Ranks(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
+
+
 def initialize(parallel: ParallelConfig, device: torch.device, *, seed: int = 0) -> ParallelDims:
-    """Joins the process group of torchrun's environment (without it, a group of one) and lays out Megatron's groups.
+    """Joins the process group (:func:`join`) and lays out Megatron's groups in it.
 
     May be called again in the same process with another layout. ``seed`` is for Megatron's generators, which only
     initialization uses; there is no dropout.
@@ -49,8 +63,7 @@ def initialize(parallel: ParallelConfig, device: torch.device, *, seed: int = 0)
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    if not torch.distributed.is_initialized():
-        _join(device, datetime.timedelta(minutes=parallel.timeout))
+    ranks = join(parallel, device)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     with cpu_device.megatron_region():
@@ -63,8 +76,8 @@ def initialize(parallel: ParallelConfig, device: torch.device, *, seed: int = 0)
         model_parallel_cuda_manual_seed(seed + 1)  # positive, as Megatron-LM asks of its own seed
     return ParallelDims(
         device=device,
-        rank=torch.distributed.get_rank(),
-        world_size=torch.distributed.get_world_size(),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
@@ -76,12 +89,3 @@ def initialize(parallel: ParallelConfig, device: torch.device, *, seed: int = 0)
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
-
-
-def _join(device: torch.device, timeout: datetime.timedelta) -> None:
-    backend = "gloo" if device.type == "cpu" else "nccl"
-    if "WORLD_SIZE" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=timeout)
-        return
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=store)

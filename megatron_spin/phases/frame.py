@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from megatron_spin.config import Config
 from megatron_spin.log import logger, open_run_log
-from megatron_spin.processes import rank
+from megatron_spin.parallel.collectives import on_rank_zero, raised_everywhere
+from megatron_spin.processes import Ranks, world_size
 from megatron_spin.run.directory import RunDir, Target, check_target
 from megatron_spin.run.result import is_done
 
@@ -15,7 +16,8 @@ class Phase(Protocol):
     """What differs between phases. Every rank makes one and calls both methods, in this order."""
 
     def check(self) -> None:
-        """Refuses what can be refused before anything is written; writes nothing itself.
+        """Refuses what can be refused before anything is written; writes nothing itself. An error of one rank is
+        raised on all.
 
         Raises:
             SpinError: something is missing, or cannot be done as configured.
@@ -42,21 +44,30 @@ def carry_out(
         SpinError: as the phase raises.
     """
     name = kind if target is None else f"{kind}:{target.label}"
-    changes = run_dir.check(config) if rank() == 0 else []
     if target is not None:
         check_target(config, target)
-    if is_done(config, run_dir, name):
+    ranks = _meet(config)
+    changes = on_rank_zero(ranks, lambda: run_dir.check(config))
+    if on_rank_zero(ranks, lambda: is_done(config, run_dir, name)):
         logger.info(f"{name} is already done")
         return
     started = time.monotonic()
     # Lines of a run that does not exist yet are lost: a check that refuses leaves no directory behind.
     open_run_log(run_dir.log, phase=name)
-    phase = start()
-    phase.check()
-    if rank() == 0:
-        run_dir.open(config, changes)
+    with raised_everywhere(ranks):
+        phase = start()
+        phase.check()
+    on_rank_zero(ranks, lambda: run_dir.open(config, changes))
     details = phase.run()
-    if rank() == 0:
-        seconds = time.monotonic() - started
-        run_dir.mark_done(name, seconds=seconds, **details)
-        logger.info(f"{name} finished in {seconds:.1f} s")
+    seconds = time.monotonic() - started
+    on_rank_zero(ranks, lambda: run_dir.mark_done(name, seconds=seconds, **details))
+    logger.info(f"{name} finished in {seconds:.1f} s")
+
+
+def _meet(config: Config) -> Ranks:
+    """Brings the ranks of this phase together, before anything is decided; a single process needs nobody, nor torch."""
+    if world_size() == 1:
+        return Ranks(rank=0, world_size=1)
+    from megatron_spin.parallel.setup import choose_device, join
+
+    return join(config.parallel, choose_device(config.device))

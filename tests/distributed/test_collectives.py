@@ -4,6 +4,8 @@ import datetime
 import os
 from typing import Any
 
+import pytest
+
 from megatron_spin.config import ParallelConfig
 from megatron_spin.errors import RunDirError
 from tests.support.world import Worlds
@@ -72,3 +74,38 @@ def test_the_timeout_reaches_all_groups(world: Worlds) -> None:
     seven = datetime.timedelta(minutes=7)
     assert world(2).run(timeouts) == [[seven, seven]] * 2
     assert world(1).run(timeout_of_all) == [seven]
+
+
+def shared_error(failing: str) -> str:
+    """What each of two ranks is told if rank 1 fails at ``failing``, while rank 0 goes on to the next exchange."""
+    from megatron_spin.parallel.collectives import gather_objects, on_rank_zero, raised_everywhere
+    from megatron_spin.parallel.setup import choose_device, initialize
+
+    dims = initialize(ParallelConfig(), choose_device("cpu"))
+
+    def fail(place: str) -> None:
+        if place == failing and dims.rank == 1:
+            raise OSError(5, "Input/output error", place)
+
+    try:
+        with raised_everywhere(dims):
+            fail("before a decision")
+            on_rank_zero(dims, lambda: "step 100")
+            fail("before an exchange")
+            gather_objects(dims.rank, dims)
+            with raised_everywhere(dims):
+                fail("in an inner block")
+            fail("at the end")
+    except OSError as error:
+        found = f"{error.strerror}: {error.filename}"
+    else:
+        found = "no error"
+    return f"{found}, then {gather_objects(dims.rank, dims)}"  # the ranks are still together
+
+
+@pytest.mark.parametrize(
+    "failing", ["before a decision", "before an exchange", "in an inner block", "at the end", "nowhere"]
+)
+def test_an_error_meets_the_others_wherever_they_are(world: Worlds, failing: str) -> None:
+    outcome = "no error" if failing == "nowhere" else f"Input/output error: {failing}"
+    assert world(2).run(shared_error, failing) == [f"{outcome}, then [0, 1]"] * 2

@@ -117,12 +117,3 @@ def test_the_run_of_another_configuration_is_refused_first(config: Config, run_d
     with pytest.raises(RunDirError, match=r"other values of data\.seed"):
         train(from_dict({"name": "n", "model": {"hf": "m"}, "data": {"path": "d", "seed": 1}}), phase)
     assert phase.calls == ["started"]
-
-
-def test_only_rank_0_writes(config: Config, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    phase = Recorded(run_dir)
-    train(config, phase)
-    assert phase.calls == ["started", "check, closed", "run, closed"]
-    assert not run_dir.root.exists()
