@@ -20,6 +20,7 @@ from megatron_spin.errors import ConfigError, GateError, RunDirError
 from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets, read_hf_config
 from megatron_spin.log import logger
 from megatron_spin.parallel.check import check_config
+from megatron_spin.parallel.collectives import on_rank_zero
 from megatron_spin.parallel.kernels import announce, layer_spec
 from megatron_spin.parallel.layout import alignment
 from megatron_spin.parallel.setup import choose_device, initialize
@@ -197,7 +198,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
     )
     logger.info(_describe(inputs))
 
-    done = latest_step(target.checkpoints) or 0
+    done = on_rank_zero(dims, lambda: latest_step(target.checkpoints)) or 0
     source = run_dir.opponent_checkpoint(target.iteration or 0)
     first = target.iteration in (None, 0)
     if not done:
@@ -223,8 +224,9 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
         loaded = load_checkpoint(target.checkpoints, policy.model, dims=dims, optimizer=policy.optimizer)
         _check_same_training(target, state, loaded)
         logger.info(f"resumed from step {done} of {inputs.plan.total}")
-    elif dims.rank == 0:
-        copy_assets(source / CHECKPOINT_ASSETS, target.checkpoints / CHECKPOINT_ASSETS)
+    else:
+        assets = target.checkpoints / CHECKPOINT_ASSETS
+        on_rank_zero(dims, lambda: copy_assets(source / CHECKPOINT_ASSETS, assets))
 
     trainer = policy.trainer(inputs.objective, reference, inputs.sampler, inputs.plan)
     writer = MetricsWriter(
@@ -385,5 +387,4 @@ def _write_probe(target: Target, policy: Policy) -> None:
     for example in policy.batcher.examples[:PROBE_EXAMPLES]:
         sequences += [(example.prompt_ids, answer) for answer in example.answers]
     sample = parity_sample(policy.model, sequences, alignment=policy.batcher.alignment, dims=policy.dims)
-    if policy.dims.rank == 0:
-        sample.save(target.checkpoints / PROBE_FILE)
+    on_rank_zero(policy.dims, lambda: sample.save(target.checkpoints / PROBE_FILE))
