@@ -6,12 +6,15 @@ here and nowhere else: callers see :meth:`Microbatch.model_inputs` and :meth:`Mi
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from megatron_spin.hf.logps import TokenIds
+from megatron_spin.hf.logps import TokenIds as TokenList
+
+TokenIds: TypeAlias = TokenList | np.ndarray
+"""Token ids as a list, or as a view of a memory-mapped file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Example:
     @property
     def identical(self) -> list[bool]:
         """Whether each answer equals the real one token for token."""
-        return [list(answer) == list(self.answers[0]) for answer in self.answers]
+        return [np.array_equal(answer, self.answers[0]) for answer in self.answers]
 
     @property
     def num_tokens(self) -> int:

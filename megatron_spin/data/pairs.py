@@ -5,16 +5,19 @@ other objectives may have more.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
-from megatron_spin.data.rows import TOKENS, hash_values, read_table, write_columns
+from megatron_spin.data.lazy import LazySequence
+from megatron_spin.data.table import TOKENS, Table, write_table
 from megatron_spin.errors import DataError, RunDirError
 from megatron_spin.io import read_json, write_json
 
+FILE = "pairs.arrow"
 TWO_ANSWERS = ("real", "generated")
 """The answers of a manifest that does not name them."""
 
@@ -55,43 +58,50 @@ def schema(answers: Sequence[str]) -> pa.Schema:
     return pa.schema(fields)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class BuiltPairs:
-    """Pairs and how they came about."""
+    """An iteration's own pairs in their order, then previous ones; they are counted as they are iterated over.
 
-    pairs: list[Pair]
-    counts: dict[str, int]
-    """``own`` and ``previous`` (pairs kept of each), ``truncated`` (own generated answers that did not end),
-    ``dropped`` (those of them that were left out), ``identical`` (kept pairs whose real and generated answers are the
-    same).
+    Neither pairs nor counts need to fit in memory: ``own`` and ``previous`` may be read from files as they are asked
+    for.
     """
 
-
-def build_pairs(
-    own: Sequence[Pair], *, truncated: Literal["keep", "drop"], previous: Sequence[Pair] = ()
-) -> BuiltPairs:
-    """The iteration's own pairs in their order, then ``previous`` ones.
-
-    Raises:
-        DataError: no pair is left.
+    own: Iterable[Pair]
+    _: dataclasses.KW_ONLY
+    truncated: Literal["keep", "drop"]
+    """Whether own generated answers that did not end are kept."""
+    previous: Iterable[Pair] = ()
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Complete after an iteration: ``own`` and ``previous`` (pairs kept of each), ``truncated`` (own generated answers
+    that did not end), ``dropped`` (those of them that were left out), ``identical`` (kept pairs whose real and
+    generated answers are the same).
     """
-    kept = list(own)
-    if truncated == "drop":
-        kept = [pair for pair in own if pair.finish_reason == "stop"]
-    if not kept:
-        raise DataError(
-            f"none of the opponent's {len(own)} answers ended within generation.max_new_tokens, and "
-            "generation.truncated=drop leaves none: raise the one or set the other to keep"
-        )
-    pairs = [*kept, *previous]
-    counts = {
-        "own": len(kept),
-        "previous": len(previous),
-        "truncated": sum(pair.finish_reason == "length" for pair in own),
-        "dropped": len(own) - len(kept),
-        "identical": sum(pair.real_ids == pair.generated_ids for pair in pairs),
-    }
-    return BuiltPairs(pairs, counts)
+
+    def __iter__(self) -> Iterator[Pair]:
+        """
+        Raises:
+            DataError: no own pair is left.
+        """
+        counts = dict.fromkeys(("own", "previous", "truncated", "dropped", "identical"), 0)
+        for pair in self.own:
+            is_truncated = pair.finish_reason == "length"
+            counts["truncated"] += is_truncated
+            if is_truncated and self.truncated == "drop":
+                counts["dropped"] += 1
+                continue
+            counts["own"] += 1
+            counts["identical"] += pair.real_ids == pair.generated_ids
+            yield pair
+        if not counts["own"]:
+            raise DataError(
+                f"none of the opponent's {counts['dropped']} answers ended within generation.max_new_tokens, and "
+                "generation.truncated=drop leaves none: raise the one or set the other to keep"
+            )
+        for pair in self.previous:
+            counts["previous"] += 1
+            counts["identical"] += pair.real_ids == pair.generated_ids
+            yield pair
+        self.counts = counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,71 +141,95 @@ class PairsManifest:
 def save_pairs(
     directory: Path, built: BuiltPairs, *, answers: Sequence[str], opponent: str, data: str
 ) -> PairsManifest:
-    """Writes ``pairs.parquet``, then ``manifest.json``; returns the manifest.
+    """Writes ``pairs.arrow``, then ``manifest.json``; returns the manifest.
 
     Args:
         answers: names of the answers of each pair.
         opponent: identity of the model that generated.
         data: identity of the prepared rows.
+
+    Raises:
+        DataError: no pair is left; nothing is written.
     """
-    write_columns(directory / "pairs.parquet", [pair.values() for pair in built.pairs], schema(answers))
+    identity = write_table(directory / FILE, (pair.values() for pair in built), schema(answers))
     manifest = PairsManifest(
         opponent=opponent,
         data=data,
         answers=tuple(answers),
-        num_pairs=len(built.pairs),
+        num_pairs=built.counts["own"] + built.counts["previous"],
         counts=built.counts,
-        identity=_identity(built.pairs),
+        identity=identity,
     )
     write_json(directory / "manifest.json", dataclasses.asdict(manifest))
     return manifest
 
 
-def load_pairs(path: Path, *, answers: Sequence[str] | None = None) -> tuple[list[Pair], PairsManifest]:
-    """The pairs in the directory ``path`` and their manifest.
+class PairsFile:
+    """The pairs in a directory and their manifest; the pairs are memory-mapped and read as they are asked for."""
+
+    def __init__(self, directory: Path, *, answers: Sequence[str] | None = None) -> None:
+        """Opens the pairs; what they hold is only checked by :meth:`check`.
+
+        Args:
+            answers: which answers the pairs must have, in this order; None takes any.
+
+        Raises:
+            RunDirError: they are missing or damaged, have other columns or other answers.
+        """
+        self.manifest = PairsManifest.load(directory)
+        if answers is not None and tuple(answers) != self.manifest.answers:
+            raise RunDirError(
+                f"{directory} holds the answers {', '.join(self.manifest.answers)}, but the objective compares "
+                f"{', '.join(answers)}: restore the objective, or delete {directory.parent} to generate again"
+            )
+        self.directory = directory
+        self.table = Table(directory / FILE, schema(self.manifest.answers))
+
+    def check(self) -> None:
+        """Reads all pairs once, in seconds per million.
+
+        Raises:
+            RunDirError: they are not those of the manifest.
+        """
+        if self.table.identity() != self.manifest.identity:
+            raise RunDirError(
+                f"{self.table.path} is not what its manifest.json says: restore the file, or delete {self.directory} "
+                "and generate again (for DPO: use a new --run-dir)"
+            )
+
+    def pair(self, number: int) -> Pair:
+        row = self.table.row(number)
+        return Pair(
+            index=row["index"],
+            iteration=row["iteration"],
+            prompt_ids=row["prompt_ids"],
+            answers=tuple(row[f"{answer}_ids"] for answer in self.manifest.answers),
+            finish_reason=row["finish_reason"],
+        )
+
+
+def load_pairs(path: Path, *, answers: Sequence[str] | None = None) -> tuple[Sequence[Pair], PairsManifest]:
+    """The pairs in the directory ``path``, each read when it is asked for, and their manifest.
 
     Args:
         answers: which answers the pairs must have, in this order; None takes any.
 
     Raises:
-        RunDirError: they are missing, damaged, not what the manifest says, or have other answers.
+        RunDirError: they are missing, damaged, not those of the manifest, or have other answers.
     """
-    manifest = PairsManifest.load(path)
-    if answers is not None and manifest.answers != tuple(answers):
-        raise RunDirError(
-            f"{path} holds the answers {', '.join(manifest.answers)}, but the objective compares {', '.join(answers)}: "
-            f"restore the objective, or delete {path.parent} to generate again"
-        )
-    pairs = []
-    for row in read_table(path / "pairs.parquet", schema(manifest.answers)):
-        pairs.append(
-            Pair(
-                index=row["index"],
-                iteration=row["iteration"],
-                prompt_ids=row["prompt_ids"],
-                answers=tuple(row[f"{answer}_ids"] for answer in manifest.answers),
-                finish_reason=row["finish_reason"],
-            )
-        )
-    if _identity(pairs) != manifest.identity:
-        raise RunDirError(
-            f"{path / 'pairs.parquet'} is not what its manifest.json says: restore the file, or delete {path} and "
-            "generate again (for DPO: use a new --run-dir)"
-        )
-    return pairs, manifest
+    file = PairsFile(path, answers=answers)
+    file.check()
+    return LazySequence(file.pair, range(len(file.table))), file.manifest
 
 
-def previous_pairs(path: Path, *, iteration: int, data: str, answers: Sequence[str]) -> list[Pair]:
-    """The pairs in ``path`` that ``iteration`` itself generated.
+def previous_pairs(path: Path, *, iteration: int, data: str, answers: Sequence[str]) -> Sequence[Pair]:
+    """The pairs in ``path`` that ``iteration`` itself generated, each read when it is asked for.
 
     Raises:
         RunDirError: as :func:`load_pairs`, or they were made from other data.
     """
-    pairs, manifest = load_pairs(path, answers=answers)
-    if manifest.data != data:
+    file = PairsFile(path, answers=answers)
+    file.check()
+    if file.manifest.data != data:
         raise RunDirError(f"{path} was made from other data than this run's: restore data/, or use a new --run-dir")
-    return [pair for pair in pairs if pair.iteration == iteration]
-
-
-def _identity(pairs: Iterable[Pair]) -> str:
-    return hash_values(pair.values() for pair in pairs)
+    return LazySequence(file.pair, np.flatnonzero(file.table.numbers("iteration") == iteration))

@@ -7,9 +7,9 @@ from typing import Any
 
 from megatron_spin.config import Config, Truncated, at_iteration
 from megatron_spin.data.manifest import DataManifest
-from megatron_spin.data.pairs import BuiltPairs, Pair, build_pairs
+from megatron_spin.data.pairs import BuiltPairs, Pair
 from megatron_spin.data.reading import Rejected
-from megatron_spin.data.rows import REJECTED, Row, hash_rows, save_rows
+from megatron_spin.data.rows import EVALUATION, REJECTED, TRAIN, Row, hash_rows, likelihood_file, save_rows
 from megatron_spin.data.splits import draw, num_repeated, split
 from megatron_spin.data.templates import tokenizer_sha
 from megatron_spin.data.tokenization import Limits, Tokenized, dropped_words, load_tokenizer_and_limits, tokenize
@@ -37,13 +37,13 @@ class Prepared:
     manifest: DataManifest
 
     def save(self, directory: Path) -> None:
-        """Writes the rows as Parquet files into ``directory``, and last ``manifest.json``."""
-        save_rows(directory / "train.parquet", self.train)
-        save_rows(directory / "eval.parquet", self.evaluation)
+        """Writes the rows into ``directory``, and last ``manifest.json``."""
+        save_rows(directory / TRAIN, self.train)
+        save_rows(directory / EVALUATION, self.evaluation)
         if self.rejected:
             save_rows(directory / REJECTED, self.rejected)
         for name, rows in self.likelihood.items():
-            save_rows(directory / f"likelihood_{name}.parquet", rows)
+            save_rows(directory / likelihood_file(name), rows)
         self.manifest.save(directory)
 
 
@@ -124,7 +124,7 @@ def _counts(source: Tokenized, train: Sequence[Row], pairs: BuiltPairs | None, *
     }
     counts = {**source.counts, "held_out": num_held_out, "kept": len(train), "tokens": tokens}
     if pairs is not None:
-        tokens["rejected answer"] = sum(len(pair.generated_ids) for pair in pairs.pairs)
+        tokens["rejected answer"] = sum(len(pair.generated_ids) for pair in pairs)
         counts["pairs"] = pairs.counts
     return counts
 
@@ -163,4 +163,4 @@ def _preference_pairs(rows: Sequence[Row], rejected: dict[int, Row], truncated: 
                 finish_reason="length" if other.real_truncated else "stop",
             )
         )
-    return build_pairs(pairs, truncated=truncated)
+    return BuiltPairs(pairs, truncated=truncated)

@@ -1,21 +1,19 @@
-"""The tokenized SFT rows as prepare leaves them: Parquet in, Parquet out, with a hash of what they hold. No torch."""
+"""The tokenized SFT rows as prepare leaves them, with a hash of what they hold. No torch."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from megatron_spin.errors import RunDirError
-from megatron_spin.io import atomic_writer
+from megatron_spin.data.lazy import LazySequence
+from megatron_spin.data.table import TOKENS, Table, identity_of, record_batches, write_table
 
-REJECTED = "eval_rejected.parquet"
-"""Beside ``eval.parquet``: the same prompts with the rejected answers."""
-TOKENS = pa.list_(pa.int32())
+TRAIN = "train.arrow"
+EVALUATION = "eval.arrow"
+REJECTED = "eval_rejected.arrow"
+"""Beside :data:`EVALUATION`: the same prompts with the rejected answers."""
 SCHEMA = pa.schema(
     [("index", pa.int64()), ("prompt_ids", TOKENS), ("real_ids", TOKENS), ("real_truncated", pa.bool_())]
 )
@@ -35,61 +33,35 @@ class Row:
     """Whether the answer was cut, and so has no end token."""
 
 
-def save_rows(path: Path, rows: Sequence[Row]) -> None:
+def likelihood_file(name: str) -> str:
+    """The rows of ``evaluation.likelihood.NAME``."""
+    return f"likelihood_{name}.arrow"
+
+
+def save_rows(path: Path, rows: Iterable[Row]) -> None:
     """Writes ``rows``, whole or not at all."""
-    write_table(path, rows, SCHEMA)
+    write_table(path, _values(rows), SCHEMA)
 
 
-def load_rows(path: Path) -> list[Row]:
-    """The rows of ``train.parquet`` or ``eval.parquet``.
+def open_rows(path: Path) -> Table:
+    """The table of a file of rows, memory-mapped. Raises as :class:`megatron_spin.data.table.Table`."""
+    return Table(path, SCHEMA)
+
+
+def load_rows(path: Path) -> Sequence[Row]:
+    """The rows of a file, each read when it is asked for.
 
     Raises:
         RunDirError: the file is missing or damaged.
     """
-    return [Row(**row) for row in read_table(path, SCHEMA)]
+    table = open_rows(path)
+    return LazySequence(lambda number: Row(**table.row(number)), range(len(table)))
 
 
-def hash_rows(rows: Iterable[Any]) -> str:
-    """Identity of a sequence of flat dataclasses: sha256 over their fields in order, hexadecimal."""
-    return hash_values(list(vars(row).values()) for row in rows)
+def hash_rows(rows: Iterable[Row]) -> str:
+    """Identity of ``rows``, as :func:`megatron_spin.data.table.identity_of` gives it."""
+    return identity_of(record_batches(_values(rows), SCHEMA))
 
 
-def hash_values(rows: Iterable[list[Any]]) -> str:
-    """As :func:`hash_rows`, of rows that are given as their values."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, separators=(",", ":")).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
-
-
-def write_table(path: Path, rows: Sequence[Any], schema: pa.Schema) -> None:
-    """Writes flat dataclasses with the fields of ``schema`` as Parquet, whole or not at all."""
-    write_columns(path, [[getattr(row, name) for name in schema.names] for row in rows], schema)
-
-
-def write_columns(path: Path, rows: Sequence[Sequence[Any]], schema: pa.Schema) -> None:
-    """As :func:`write_table`, of rows that are given as their values in the order of ``schema``."""
-    columns = {name: [row[column] for row in rows] for column, name in enumerate(schema.names)}
-    with atomic_writer(path, "wb") as file:
-        pq.write_table(pa.table(columns, schema=schema), file)
-
-
-def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
-    """Rows of a Parquet file as plain data; raises RunDirError where it is missing, damaged or has other columns."""
-    try:
-        # Not pq.read_table: it imports pyarrow.dataset, and with it pandas.
-        with pq.ParquetFile(path) as file:
-            table = file.read()
-    except FileNotFoundError:
-        raise RunDirError(
-            f"{path} is missing: an earlier phase has not run; run tools/spin.sh, which runs all of them in order"
-        ) from None
-    except (pa.ArrowException, OSError) as error:
-        raise RunDirError(f"{path} is damaged ({error}): delete it and run the phase that wrote it again") from None
-    if not table.schema.equals(schema):
-        raise RunDirError(
-            f"{path} has the columns {table.schema.names}, not {schema.names}: another version wrote it; "
-            "use a new --run-dir"
-        )
-    return table.to_pylist()
+def _values(rows: Iterable[Row]) -> Iterable[list[Any]]:
+    return ([getattr(row, name) for name in SCHEMA.names] for row in rows)

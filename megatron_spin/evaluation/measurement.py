@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from megatron_spin.config import Config
 from megatron_spin.data.manifest import DataManifest
-from megatron_spin.data.rows import REJECTED, Row, load_rows
+from megatron_spin.data.rows import EVALUATION, REJECTED, Row, likelihood_file, load_rows
+from megatron_spin.data.table import is_written
 from megatron_spin.data.templates import decode, load_tokenizer
 from megatron_spin.errors import DataError
 from megatron_spin.evaluation.answers import EvaluatedModel, greedy_pass, held_out_answers, sampled_pass
@@ -42,17 +43,17 @@ class HeldOut:
             RunDirError: the data are not prepared, or damaged.
             DataError: there are no held-out rows.
         """
-        path = directory / "eval.parquet"
-        rows = load_rows(path)
+        path = directory / EVALUATION
+        rows = list(load_rows(path))
         if not rows:
             raise DataError(f"{path} has no rows: give evaluation.path, or raise evaluation.held_out_fraction")
         rejected = directory / REJECTED
         likelihood = {}
         for name in config.evaluation.likelihood:
-            likelihood[name] = load_rows(directory / f"likelihood_{name}.parquet")
+            likelihood[name] = list(load_rows(directory / likelihood_file(name)))
         return cls(
             rows=rows,
-            rejected=load_rows(rejected) if rejected.exists() else None,
+            rejected=list(load_rows(rejected)) if is_written(rejected) else None,
             likelihood=likelihood,
             end_token_id=DataManifest.load(directory).end_token_id,
         )

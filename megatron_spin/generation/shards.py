@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,13 +124,12 @@ class ShardStore:
                 file.write(json.dumps(vars(generated), separators=(",", ":")) + "\n")
         write_json(manifest_path, {**self._expected(shard), "sha256": sha256(path)})
 
-    def read(self, shards: Sequence[Shard]) -> list[GeneratedRow]:
-        """All answers in order, each checked against its row.
+    def read(self, shards: Sequence[Shard]) -> Iterator[GeneratedRow]:
+        """All answers in order, shard by shard, each checked against its row.
 
         Raises:
             RunDirError: an answer is missing or belongs to another prompt.
         """
-        generated = []
         for shard in shards:
             path = self._answers(shard)
             lines = [GeneratedRow(**json.loads(line)) for line in path.read_text().splitlines()]
@@ -138,8 +137,7 @@ class ShardStore:
             expected = [(row.index, row.prompt_ids) for row in shard.rows]
             if found != expected:
                 raise RunDirError(f"{path} does not hold the answers to its prompts: delete it and generate again")
-            generated.extend(lines)
-        return generated
+            yield from lines
 
     def _answers(self, shard: Shard) -> Path:
         return self.directory / f"shard_{shard.number:05d}.jsonl"

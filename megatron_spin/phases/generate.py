@@ -3,13 +3,14 @@
 import collections
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron_spin.config import Config, Engine, Truncated, at_iteration
+from megatron_spin.data.lazy import LazySequence
 from megatron_spin.data.manifest import DataManifest
-from megatron_spin.data.pairs import Pair, PairsManifest, build_pairs, previous_pairs, save_pairs
-from megatron_spin.data.rows import Row, hash_rows, load_rows
+from megatron_spin.data.pairs import BuiltPairs, Pair, PairsManifest, previous_pairs, save_pairs
+from megatron_spin.data.rows import TRAIN, Row, load_rows, open_rows
 from megatron_spin.errors import ConfigError, RunDirError
 from megatron_spin.generation.engine import answer_caps, engine_settings, open_session
 from megatron_spin.generation.shards import GeneratedRow, Origin, Shard, ShardStore, plan_shards
@@ -69,12 +70,10 @@ class Generate:
                 "them apart; give one value"
             )
         self.manifest = DataManifest.load(self.run_dir.data)
-        self.rows = load_rows(self.run_dir.data / "train.parquet")
-        if hash_rows(self.rows) != self.manifest.identity:
-            raise RunDirError(
-                f"{self.run_dir.data / 'train.parquet'} is not what its manifest.json says: use a new --run-dir and "
-                "prepare again"
-            )
+        table = open_rows(self.run_dir.data / TRAIN)
+        if table.identity() != self.manifest.identity:
+            raise RunDirError(f"{table.path} is not what its manifest.json says: use a new --run-dir and prepare again")
+        self.rows = load_rows(self.run_dir.data / TRAIN)
 
     def run(self) -> dict[str, Any]:
         """Generates what is missing and writes the pairs.
@@ -113,11 +112,14 @@ class Generate:
         }
         return Origin(opponent.identity, self.manifest.identity, self.iteration, settings)
 
-    def _rows_to_answer(self) -> list[Row]:
+    def _rows_to_answer(self) -> Sequence[Row]:
         """All prompts once per sample; the real answers are capped as the generated ones are."""
-        cap = self.sampling.max_new_tokens
-        capped = [dataclasses.replace(row, real_ids=row.real_ids[:cap]) for row in self.rows]
-        return capped * self.sampling.samples
+
+        def capped(number: int) -> Row:
+            row = self.rows[number % len(self.rows)]
+            return dataclasses.replace(row, real_ids=row.real_ids[: self.sampling.max_new_tokens])
+
+        return LazySequence(capped, range(len(self.rows) * self.sampling.samples))
 
     def _generate(
         self, opponent: Opponent, store: ShardStore, missing: Sequence[Shard], *, total: int
@@ -165,62 +167,71 @@ class Generate:
         """Writes the pairs, with those of the iteration before if the config says so; returns their manifest."""
         config, data = self.config, self.manifest.identity
         answers = objective_class(config).answers
-        previous: list[Pair] = []
+        previous: Sequence[Pair] = ()
         if config.spin.reuse_previous and self.iteration > 0:
             before = self.run_dir.target(iteration=self.iteration - 1)
             previous = previous_pairs(before.pairs, iteration=self.iteration - 1, data=data, answers=answers)
         truncated: Truncated = at_iteration(config.generation.truncated, self.iteration)
-        initial = _initial_answers(self.run_dir, self.iteration, answers, data)
-        generated = store.read(shards)
-        own = _own_pairs(generated, self.iteration, answers, initial)
-        built = build_pairs(own, truncated=truncated, previous=previous)
-        if len(own) < len(generated):
+        initial = _InitialAnswers(self.run_dir, self.iteration, answers, data)
+        own = _own_pairs(store.read(shards), self.iteration, answers, initial)
+        built = BuiltPairs(own, truncated=truncated, previous=previous)
+        manifest = save_pairs(self.target.pairs, built, answers=answers, opponent=opponent.identity, data=data)
+        num_generated = sum(len(shard.rows) for shard in shards)
+        num_paired = built.counts["own"] + built.counts["dropped"]
+        if num_paired < num_generated:
             logger.warning(
-                f"{len(generated) - len(own)} of {len(generated)} answers give no pair: iteration 0 dropped its "
+                f"{num_generated - num_paired} of {num_generated} answers give no pair: iteration 0 dropped its "
                 "answers to their prompts (generation.truncated=drop)"
             )
-        manifest = save_pairs(self.target.pairs, built, answers=answers, opponent=opponent.identity, data=data)
         counts = ", ".join(f"{count} {name}" for name, count in built.counts.items())
         logger.info(f"{manifest.num_pairs} pairs: {counts}")
         return manifest
 
 
-def _initial_answers(run_dir: RunDir, iteration: int, answers: Sequence[str], data: str) -> dict[int, list[list[int]]]:
-    """What the model that the run starts from answered to each prompt, by the prompt's index, one entry per sample.
+class _InitialAnswers:
+    """What the model that the run starts from answered to each prompt, one answer per sample.
 
     Empty in iteration 0, where the opponent is that model, and for objectives that do not ask for it.
     """
-    initial: dict[int, list[list[int]]] = collections.defaultdict(list)
-    if "initial" in answers and iteration > 0:
-        first = run_dir.target(iteration=0).pairs
-        for pair in previous_pairs(first, iteration=0, data=data, answers=answers):
-            initial[pair.index].append(pair.generated_ids)
-    return initial
+
+    def __init__(self, run_dir: RunDir, iteration: int, answers: Sequence[str], data: str) -> None:
+        self.needed = "initial" in answers and iteration > 0
+        self._pairs: Sequence[Pair] = ()
+        self._places: dict[int, list[int]] = collections.defaultdict(list)
+        if self.needed:
+            first = run_dir.target(iteration=0).pairs
+            self._pairs = previous_pairs(first, iteration=0, data=data, answers=answers)
+        for place, pair in enumerate(self._pairs):
+            self._places[pair.index].append(place)
+
+    def of(self, index: int, sample: int) -> list[int] | None:
+        """The answer to the prompt ``index``; None if iteration 0 dropped all answers to it.
+
+        The k-th sample of a prompt meets the k-th initial answer; if there were fewer, they are taken in turn.
+        """
+        places = self._places.get(index)
+        if not places:
+            return None
+        return self._pairs[places[sample % len(places)]].generated_ids
 
 
 def _own_pairs(
-    generated: Sequence[GeneratedRow], iteration: int, answers: Sequence[str], initial: Mapping[int, list[list[int]]]
-) -> list[Pair]:
+    generated: Iterable[GeneratedRow], iteration: int, answers: Sequence[str], initial: _InitialAnswers
+) -> Iterator[Pair]:
     """The iteration's pairs; a prompt whose initial answer was dropped in iteration 0 gives none."""
-    pairs = []
     num_seen: collections.Counter[int] = collections.Counter()
     for row in generated:
-        initial_ids = row.generated_ids  # in iteration 0 the opponent is the initial model
-        if "initial" in answers and iteration > 0:
-            given = initial.get(row.index, [])
-            if not given:
-                continue
-            # The k-th sample of a prompt meets the k-th initial answer; if there were fewer, they are taken in turn.
-            initial_ids = given[num_seen[row.index] % len(given)]
+        initial_ids: list[int] | None = row.generated_ids  # in iteration 0 the opponent is the initial model
+        if initial.needed:
+            initial_ids = initial.of(row.index, num_seen[row.index])
             num_seen[row.index] += 1
+        if initial_ids is None:
+            continue
         by_name = {"real": row.real_ids, "generated": row.generated_ids, "initial": initial_ids}
-        pairs.append(
-            Pair(
-                index=row.index,
-                iteration=iteration,
-                prompt_ids=row.prompt_ids,
-                answers=tuple(by_name[answer] for answer in answers),
-                finish_reason=row.finish_reason,
-            )
+        yield Pair(
+            index=row.index,
+            iteration=iteration,
+            prompt_ids=row.prompt_ids,
+            answers=tuple(by_name[answer] for answer in answers),
+            finish_reason=row.finish_reason,
         )
-    return pairs

@@ -1,7 +1,7 @@
 """The training phase of one iteration or baseline: inputs and checks, the opponent's scores, then training."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from megatron_spin.conversion.identity import streamed_identity
 from megatron_spin.conversion.load import load_hf
 from megatron_spin.conversion.parity import PROBE_FILE, parity_sample
 from megatron_spin.data.batcher import Example
-from megatron_spin.data.pairs import PairsManifest, load_pairs
-from megatron_spin.data.rows import load_rows
+from megatron_spin.data.examples import examples_of
+from megatron_spin.data.pairs import PairsFile, PairsManifest
+from megatron_spin.data.rows import TRAIN, open_rows
 from megatron_spin.data.sampler import BatchSampler
 from megatron_spin.errors import ConfigError, GateError, RunDirError
 from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets, read_hf_config
@@ -25,7 +26,7 @@ from megatron_spin.parallel.kernels import announce, layer_spec
 from megatron_spin.parallel.layout import alignment
 from megatron_spin.parallel.setup import choose_device, initialize
 from megatron_spin.phases.opponent import check_made_for, read_opponent
-from megatron_spin.processes import world_size
+from megatron_spin.processes import rank, world_size
 from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.run.result import num_played
 from megatron_spin.spin.gate import first_loss
@@ -53,7 +54,7 @@ PROBE_EXAMPLES = 4
 class Inputs:
     """What is trained on, checked before a process group exists."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     objective: Objective
     sampler: BatchSampler
     plan: StepPlan
@@ -104,12 +105,14 @@ def read_inputs(config: Config, run_dir: RunDir, target: Target) -> Inputs:
     objective = build_objective(config, iteration)
     opponent, pairs_identity = None, None
     if objective.compares():
-        pairs, manifest = load_pairs(target.pairs, answers=objective.answers)
+        pairs = PairsFile(target.pairs, answers=objective.answers)
+        if rank() == 0:  # one rank for all of them: the others map the same file
+            pairs.check()
         model = read_opponent(config, run_dir, iteration)
-        check_made_for(model, target, manifest, config)
+        check_made_for(model, target, pairs.manifest, config)
         opponent = model.identity
-        pairs_identity = manifest.identity
-        examples = [Example(pair.prompt_ids, pair.answers) for pair in pairs]
+        pairs_identity = pairs.manifest.identity
+        examples = examples_of(pairs.table, objective.answers)
     else:
         examples = _real_examples(run_dir)
     return Inputs(
@@ -143,8 +146,8 @@ def _baseline_inputs(config: Config, run_dir: RunDir, name: str) -> Inputs:
     )
 
 
-def _real_examples(run_dir: RunDir) -> list[Example]:
-    return [Example(row.prompt_ids, (row.real_ids,)) for row in load_rows(run_dir.data / "train.parquet")]
+def _real_examples(run_dir: RunDir) -> Sequence[Example]:
+    return examples_of(open_rows(run_dir.data / TRAIN), ("real",))
 
 
 def _sampler(config: Config, iteration: int, num_examples: int) -> BatchSampler:
@@ -385,6 +388,6 @@ def _write_probe(target: Target, policy: Policy) -> None:
     """Keeps token log-probs of a few sequences beside the checkpoint, for the export gate; a collective."""
     sequences = []
     for example in policy.batcher.examples[:PROBE_EXAMPLES]:
-        sequences += [(example.prompt_ids, answer) for answer in example.answers]
+        sequences += [(list(example.prompt_ids), list(answer)) for answer in example.answers]
     sample = parity_sample(policy.model, sequences, alignment=policy.batcher.alignment, dims=policy.dims)
     on_rank_zero(policy.dims, lambda: sample.save(target.checkpoints / PROBE_FILE))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spin.config import Config, load_config
-from megatron_spin.data.rows import load_rows
+from megatron_spin.data.rows import TRAIN, load_rows
+from megatron_spin.data.table import is_written
 from megatron_spin.data.templates import decode, load_tokenizer
 from megatron_spin.errors import RunDirError
 from megatron_spin.evaluation.record import Evaluation
@@ -184,8 +185,8 @@ def _notes(state: dict[str, Any], objective: type[Objective]) -> list[str]:
 
 def _data_patterns(config: Config, run_dir: RunDir) -> tuple[dict[str, float], int]:
     """Share of the training answers in which each pattern is found, and how many prompts there are."""
-    path = run_dir.data / "train.parquet"
-    if not path.exists():
+    path = run_dir.data / TRAIN
+    if not is_written(path):
         return {}, 0
     rows = load_rows(path)
     if not config.evaluation.patterns:

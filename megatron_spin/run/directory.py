@@ -42,7 +42,7 @@ class Target:
 
     @property
     def pairs(self) -> Path:
-        """The training pairs (``pairs.parquet``) and the opponent's scores of them."""
+        """The training pairs (``pairs.arrow``) and the opponent's scores of them."""
         return self.directory / "pairs"
 
     @property
@@ -95,7 +95,7 @@ class RunDir:
 
     @property
     def data(self) -> Path:
-        """What prepare wrote: ``train.parquet``, ``eval.parquet`` and ``manifest.json``."""
+        """What prepare wrote: ``train.arrow``, ``eval.arrow`` and ``manifest.json``."""
         return self.root / "data"
 
     @property

@@ -67,14 +67,14 @@ def test_one_dpo_step_equals_an_independent_implementation(world: Worlds, tmp_pa
     settings: dict[str, Any] = {"data": data, "training": {"objective": "dpo"}, "spin": {"beta": BETA}}
     config = tiny_config(tmp_path / "policy", **settings)
     prepared = prepare(config)
-    assert prepared.pairs is not None and [pair.index for pair in prepared.pairs.pairs] == [
-        row.index for row in prepared.train
-    ]
-    pairs = [(pair.prompt_ids, pair.real_ids, pair.generated_ids) for pair in prepared.pairs.pairs]
+    assert prepared.pairs is not None
+    indices = [pair.index for pair in prepared.pairs]
+    assert indices == [row.index for row in prepared.train]
+    pairs = [(pair.prompt_ids, pair.real_ids, pair.generated_ids) for pair in prepared.pairs]
     [scores] = world(1).run(scores_of, tiny_config(tmp_path / "reference", **settings), pairs)
     [(named, gradients)] = world(1).run(first_gradients, config, pairs, scores)
 
-    batch = [rows[prepared.pairs.pairs[i].index] for i in BatchSampler(len(pairs), 8, 0).batch(0)]
+    batch = [rows[indices[i]] for i in BatchSampler(len(pairs), 8, 0).batch(0)]
     loss, expected = independent_dpo(tmp_path / "policy", tmp_path / "reference", batch)
     assert named["loss"] == pytest.approx(loss, rel=1e-5) and 0 < named["accuracy"] < 1
     worst = {name: close(gradients[name], gradient.numpy()) for name, gradient in expected.items()}

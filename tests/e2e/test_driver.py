@@ -217,7 +217,7 @@ def test_self_play_with_vllm(workplace: Path) -> None:
 
 def test_likelihood_of_more_files(finished: tuple[Path, float]) -> None:
     run, _ = finished
-    rows = load_rows(run / "data/likelihood_all.parquet")
+    rows = load_rows(run / "data/likelihood_all.arrow")
     model = load_model(run / "iteration_1/hf", dtype="fp32", device=torch.device("cpu"))
     logps = hf_token_logps(
         model, [(row.prompt_ids, row.real_ids) for row in rows], batch_size=1, device=torch.device("cpu")

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
+import pyarrow.feather
 import pytest
 from PIL import Image
 
@@ -102,7 +102,7 @@ def tspin(generated: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def pair_columns(run: Path, iteration: int) -> dict[str, list[Any]]:
-    table = pyarrow.parquet.read_table(run / f"iteration_{iteration}/pairs/pairs.parquet")
+    table = pyarrow.feather.read_table(run / f"iteration_{iteration}/pairs/pairs.arrow")
     columns: dict[str, list[Any]] = table.to_pydict()
     return columns
 

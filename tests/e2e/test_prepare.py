@@ -37,6 +37,6 @@ def test_command_line(tmp_path: Path) -> None:
     assert "\r" not in result.stdout
     assert not result.stderr
     assert len(result.stdout.splitlines()) < 20
-    assert len(load_rows(run / "data" / "train.parquet")) == 8
-    assert len(load_rows(run / "data" / "eval.parquet")) == 2
+    assert len(load_rows(run / "data" / "train.arrow")) == 8
+    assert len(load_rows(run / "data" / "eval.arrow")) == 2
     assert "already done" in run_tool("prepare.py", *arguments).stdout

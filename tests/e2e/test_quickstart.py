@@ -83,13 +83,13 @@ def trained(run_dir: Path) -> set[int]:
     """Row numbers that a run trained on."""
     from megatron_spin.data.rows import load_rows
 
-    return {row.index for row in load_rows(run_dir / "data/train.parquet")}
+    return {row.index for row in load_rows(run_dir / "data/train.arrow")}
 
 
 def held_out(run_dir: Path) -> set[int]:
     from megatron_spin.data.rows import load_rows
 
-    return {row.index for row in load_rows(run_dir / "data/eval.parquet")}
+    return {row.index for row in load_rows(run_dir / "data/eval.arrow")}
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_files_for_their_likelihood_alone(model: Path, tmp_path: Path) -> None:
     assert {name: len(rows) for name, rows in prepared.likelihood.items()} == {"own": 4, "other": 4}
     assert prepared.manifest.likelihood["own"]["identity"] != prepared.manifest.likelihood["other"]["identity"]
     prepared.save(tmp_path)
-    assert load_rows(tmp_path / "likelihood_other.parquet") == prepared.likelihood["other"]
+    assert list(load_rows(tmp_path / "likelihood_other.arrow")) == prepared.likelihood["other"]
     (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "", "response": "w1"}))
     with pytest.raises(DataError, match=r"evaluation.likelihood.other=.* has no usable row"):
         prepare(from_dict(config))
@@ -125,14 +125,14 @@ def test_held_out_preferences_keep_their_rejected_answers(model: Path, tmp_path:
             len(written[answer].split()) + 1 for answer in ("chosen", "rejected")
         ]
     given.save(tmp_path)
-    assert load_rows(tmp_path / "eval_rejected.parquet") == given.rejected
+    assert list(load_rows(tmp_path / "eval_rejected.arrow")) == given.rejected
 
     config["evaluation"] = {"path": str(write_jsonl(tmp_path / "sft.jsonl", sft_rows(9)))}
     without = prepare(from_dict(config))
     assert without.evaluation
     assert not without.rejected
     without.save(tmp_path / "other")
-    assert not (tmp_path / "other/eval_rejected.parquet").exists()
+    assert not (tmp_path / "other/eval_rejected.arrow").exists()
 
 
 def test_rejected_answers_that_were_cut_can_be_left_out(model: Path, tmp_path: Path) -> None:
@@ -141,10 +141,10 @@ def test_rejected_answers_that_were_cut_can_be_left_out(model: Path, tmp_path: P
     assert keep.pairs is not None
     assert drop.pairs is not None
     cut = keep.pairs.counts["truncated"]
-    assert 0 < cut < 16 == len(keep.pairs.pairs)
+    assert 0 < cut < 16 == len(list(keep.pairs))
     assert drop.pairs.counts["dropped"] == cut
-    assert len(drop.pairs.pairs) == 16 - cut
-    assert all(pair.finish_reason == "stop" for pair in drop.pairs.pairs)
+    assert len(list(drop.pairs)) == 16 - cut
+    assert all(pair.finish_reason == "stop" for pair in drop.pairs)
     assert drop.train == keep.train
     assert "pairs left out" in counts_table(drop.manifest, from_dict(dpo(model, path)))
 

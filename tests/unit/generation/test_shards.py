@@ -27,7 +27,7 @@ def test_lines_of_a_shard_keep_their_form(tmp_path: Path) -> None:
     assert list(manifest) == ["opponent", "data", "iteration", "settings", "shard", "seed", "rows", "sha256"]
     assert store.is_done(first)
     assert store.is_done(second)
-    assert store.read([first, second])[2] == GeneratedRow(9, [1, 8], [7, 2], [2], "stop")
+    assert list(store.read([first, second]))[2] == GeneratedRow(9, [1, 8], [7, 2], [2], "stop")
 
 
 def test_answers_to_other_prompts_are_refused(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_answers_to_other_prompts_are_refused(tmp_path: Path) -> None:
     store.write(shard, ANSWERS)
     [other] = plan_shards(ROWS[::-1], shard_size=3, seed=0, iteration=0)
     with pytest.raises(RunDirError, match="does not hold the answers to its prompts"):
-        store.read([other])
+        list(store.read([other]))
 
 
 def test_seeds_differ_between_shards_and_iterations() -> None:

@@ -110,7 +110,7 @@ def run(tmp_path: Path) -> RunDir:
     rows = [
         Row(i, [3], tokenizer(text, add_special_tokens=False)["input_ids"], False) for i, text in enumerate(answers)
     ]
-    save_rows(run_dir.data / "train.parquet", rows)
+    save_rows(run_dir.data / "train.arrow", rows)
     measured = [
         (run_dir.target(baseline="sft"), 0.6, 0.4, None),
         (run_dir.target(baseline="sft_continued"), 0.7, 0.25, None),
