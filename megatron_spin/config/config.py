@@ -26,7 +26,10 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: a GPU if PyTorch sees one."""
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Megatron's layer spec; ``auto``: Transformer Engine if it is installed and the device is a GPU."""
+    """Megatron's layer spec; ``auto``: Transformer Engine's for bf16 on a GPU that has it, else the local one.
+
+    Transformer Engine does not take ``precision.dtype: fp32``: it multiplies fp32 matrices in TF32.
+    """
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)

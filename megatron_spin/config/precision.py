@@ -11,7 +11,7 @@ class PrecisionConfig:
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Compute dtype; main weights and optimizer state are fp32 either way."""
     fp8: Literal["e4m3", "hybrid"] | None = None
-    """FP8 format of Transformer Engine; an error if the GPU, CUDA or Transformer Engine does not support it."""
+    """FP8 format of Transformer Engine; not supported yet, so only null is accepted."""
     export: Literal["fp32", "bf16"] | None = None
     """Dtype of the exported model, hence of the opponent; null: the compute dtype."""
 

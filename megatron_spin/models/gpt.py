@@ -38,14 +38,16 @@ OWNED = {
     "sequence_parallel": "parallel.sequence_parallel",
 }
 """Fields of TransformerConfig that another config key sets, and that key: two places could contradict each other."""
-FIXED = (
-    "virtual_pipeline_model_parallel_size",
-    "calculate_per_token_loss",
-    "hidden_dropout",
-    "attention_dropout",
-    "add_bias_linear",
-)
-"""Fields whose value the correctness of training and scoring depends on."""
+DEPENDS = "training and scoring depend on its value"
+FIXED = {
+    "virtual_pipeline_model_parallel_size": DEPENDS,
+    "calculate_per_token_loss": DEPENDS,
+    "hidden_dropout": DEPENDS,
+    "attention_dropout": DEPENDS,
+    "add_bias_linear": DEPENDS,
+    "init_model_with_meta_device": "weights are loaded into parameters that have memory",
+}
+"""Fields that must keep the value that they have here, and why."""
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel: int) -> int:
@@ -177,6 +179,4 @@ def _refuse_fields(transformer: dict[str, Any]) -> None:
         if name in OWNED:
             raise ConfigError(f"model.transformer.{name}={value!r} must not be set there: set {OWNED[name]}")
         if name in FIXED:
-            raise ConfigError(
-                f"model.transformer.{name}={value!r} must not be set: training and scoring depend on its value"
-            )
+            raise ConfigError(f"model.transformer.{name}={value!r} must not be set: {FIXED[name]}")

@@ -11,10 +11,7 @@ from megatron_spin.hf.files import DTYPES
 
 
 def precision_fields(config: Config) -> dict[str, Any]:
-    """The fields of TransformerConfig that the section ``precision`` stands for.
-
-    Whether FP8 can run here was checked before, in ``parallel/fp8.py``.
-    """
+    """The fields of TransformerConfig that the section ``precision`` stands for."""
     dtype = DTYPES[config.precision.dtype]
     return {
         "params_dtype": dtype,

@@ -8,7 +8,6 @@ from packaging.specifiers import SpecifierSet
 from megatron_spin.config import Config
 from megatron_spin.errors import DeviceError
 from megatron_spin.hf.assets import read_hf_config
-from megatron_spin.parallel.fp8 import check_fp8
 from megatron_spin.parallel.kernels import check_layer_spec
 from megatron_spin.parallel.layout import check_layout
 
@@ -23,12 +22,11 @@ def check_config(config: Config, device_type: str, *, world_size: int) -> None:
         device_type: ``cpu`` or ``cuda``.
 
     Raises:
-        DeviceError: the layer spec or the FP8 format cannot run on such a device.
+        DeviceError: the layer spec cannot run on such a device.
         ConfigError: the model or the batch cannot be cut over ``world_size`` processes.
         CheckpointError: ``model.hf`` has no readable config.json.
     """
     check_layer_spec(config, device_type)
-    check_fp8(config, device_type)
     check_layout(config, read_hf_config(Path(config.model.hf)), world_size=world_size)
 
 

@@ -1,13 +1,8 @@
-"""Where FP8 can run: by GPU, CUDA and Transformer Engine."""
+"""Where FP8 can run: by GPU, CUDA and Transformer Engine. A run cannot ask for it yet (``config/rules.py``)."""
 
 import dataclasses
 
 from packaging.version import Version
-
-from megatron_spin.config import Config
-from megatron_spin.errors import DeviceError
-from megatron_spin.machine import version_of
-from megatron_spin.parallel.kernels import layer_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,31 +49,3 @@ def fp8_recipes(
         if on_this_gpu and toolkit >= rule.from_cuda and engine >= rule.from_transformer_engine:
             recipes.append(rule.recipe)
     return tuple(recipes)
-
-
-def check_fp8(config: Config, device_type: str) -> None:
-    """Refuses an FP8 format that cannot run here; Megatron itself would silently ignore it.
-
-    Raises:
-        DeviceError: the GPU, CUDA, Transformer Engine or the layer spec does not allow it.
-    """
-    fp8, engine = config.precision.fp8, version_of("transformer-engine")
-    if fp8 is None:
-        return
-    import torch  # here, not above: it takes seconds, and most runs need no FP8
-
-    capability = torch.cuda.get_device_capability() if device_type == "cuda" else None
-    recipe = config.model.transformer.get("fp8_recipe", "delayed")
-    possible = fp8_recipes(capability=capability, cuda=torch.version.cuda, transformer_engine=engine)
-    if recipe not in possible:
-        place = f"compute capability {capability[0]}.{capability[1]}" if capability else "a CPU"
-        raise DeviceError(
-            f"precision.fp8={fp8} with fp8_recipe={recipe} cannot run on {place} with CUDA "
-            f"{torch.version.cuda or 'absent'} and Transformer Engine {engine or 'absent'}; recipes that can: "
-            f"{', '.join(possible) or 'none'}: set precision.fp8 to null"
-        )
-    if layer_spec(config, device_type) != "transformer_engine":
-        raise DeviceError(
-            f"precision.fp8={fp8} needs Transformer Engine's layers: set layer_spec: transformer_engine, "
-            "or precision.fp8 to null"
-        )

@@ -1,5 +1,6 @@
 """Which kernels run: Transformer Engine's, Megatron's local ones, torch's; and what must not be mistaken for one."""
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,23 +14,67 @@ if TYPE_CHECKING:
 
 
 def layer_spec(config: Config, device_type: str) -> Literal["local", "transformer_engine"]:
-    """The layer spec that ``auto`` stands for."""
+    """The layer spec that ``auto`` stands for: Transformer Engine's for bf16 on a GPU that has it.
+
+    Transformer Engine multiplies fp32 matrices in TF32, which keeps 10 bits of the mantissa, so fp32 takes the local
+    spec.
+
+    Raises:
+        DeviceError: as :func:`has_transformer_engine`.
+    """
     if config.layer_spec != "auto":
         return config.layer_spec
-    return "transformer_engine" if device_type == "cuda" and version_of("transformer-engine") else "local"
+    if device_type == "cuda" and config.precision.dtype != "fp32" and has_transformer_engine():
+        return "transformer_engine"
+    return "local"
 
 
 def check_layer_spec(config: Config, device_type: str) -> None:
     """Refuses a layer spec that cannot run here.
 
     Raises:
-        DeviceError: Transformer Engine was asked for and is not installed, or the device is a CPU.
+        DeviceError: Transformer Engine was asked for in fp32, or is not there, or the device is a CPU; or it is
+            installed on a GPU machine and does not work there, whatever was asked for.
     """
-    available = version_of("transformer-engine") is not None and device_type == "cuda"
-    if config.layer_spec == "transformer_engine" and not available:
+    available = device_type == "cuda" and has_transformer_engine()
+    if config.layer_spec != "transformer_engine":
+        return
+    if config.precision.dtype == "fp32":
         raise DeviceError(
-            "layer_spec=transformer_engine needs a GPU and Transformer Engine installed: set layer_spec: auto or local"
+            "layer_spec=transformer_engine does not compute in precision.dtype=fp32, since Transformer Engine "
+            "multiplies fp32 matrices in TF32: set layer_spec: local, or precision.dtype: bf16"
         )
+    if not available:
+        raise DeviceError(
+            "layer_spec=transformer_engine needs a GPU and Transformer Engine installed: continue where both are, or "
+            "begin a run with layer_spec: auto or local"
+        )
+
+
+@functools.cache
+def has_transformer_engine() -> bool:
+    """Whether Megatron-Core has Transformer Engine's layers and optimizers; imports both if it is installed.
+
+    Raises:
+        DeviceError: it is installed, but Python or Megatron-Core cannot import it. Megatron-Core would go on without
+            it and say nothing, or end in an error far from the cause.
+    """
+    version = version_of("transformer-engine")
+    if version is None:
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401 # Transformer Engine's own __init__ hides why this fails
+        from megatron.core.models.gpt import gpt_layer_specs
+    except Exception as error:  # a library that does not load raises OSError, RuntimeError and others
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    else:
+        if gpt_layer_specs.HAVE_TE:
+            return True
+        reason = "Megatron-Core cannot import it"
+    raise DeviceError(
+        f"Transformer Engine {version} is installed, but does not work ({reason}): install the build for torch "
+        f"{version_of('torch')}, or uninstall it"
+    )
 
 
 def refuse_wrong_apex() -> None:
@@ -58,13 +103,10 @@ def announce(dims: "ParallelDims", config: Config) -> str:
     if dims.device.type == "cuda":
         device = torch.cuda.get_device_name(dims.device)
     layout = f"tensor {dims.tp_size} x pipeline {dims.pp_size} x data {dims.dp_size}"
-    precision: str = config.precision.dtype
-    if config.precision.fp8:
-        precision += f" with FP8 {config.precision.fp8}"
     packages = ("torch", "megatron-core", "transformer-engine", "apex")
     versions = ", ".join(f"{package} {version_of(package) or 'absent'}" for package in packages)
     kernels = f"{_layers(config, dims.device.type)}; {_optimizers(dims.device.type)} optimizers"
-    return f"{device}; {layout}; {precision}; {kernels}{_hidden(dims.device.type)}; {versions}"
+    return f"{device}; {layout}; {config.precision.dtype}; {kernels}{_hidden(dims.device.type)}; {versions}"
 
 
 def _layers(config: Config, device_type: str) -> str:
@@ -77,7 +119,7 @@ def _layers(config: Config, device_type: str) -> str:
 
 def _optimizers(device_type: str) -> str:
     """Whose fused optimizers Megatron takes: the first that is installed, on a GPU."""
-    if device_type == "cuda" and version_of("transformer-engine"):
+    if device_type == "cuda" and has_transformer_engine():
         return "Transformer Engine's"
     if device_type == "cuda" and version_of("apex"):
         return "apex's"

@@ -37,7 +37,18 @@ def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
             f"local rank {local_rank} has no GPU of its own, this machine has {count}: start one process per GPU"
         )
     torch.cuda.set_device(local_rank)
+    compute_in_fp32()
     return torch.device("cuda", local_rank)
+
+
+def compute_in_fp32() -> None:
+    """Makes torch multiply fp32 matrices in fp32, whatever the environment or an imported package set.
+
+    TF32, which torch can use on a GPU, keeps 10 bits of the mantissa.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def join(parallel: ParallelConfig, device: torch.device) -> Ranks:

@@ -12,7 +12,7 @@ def check_training(config: Config, *, world_size: int) -> None:
     """Checks device, formats, layout, batch, optimizer and objective, by rules that training itself checks again.
 
     Raises:
-        DeviceError: the device is not there, or cannot run the layer spec or the FP8 format.
+        DeviceError: the device is not there, or cannot run the layer spec.
         ConfigError: the model or the batch cannot be cut over ``world_size`` processes, the optimizer is not there, or
             the objective reports a metric under a name that is taken.
         CheckpointError: ``model.hf`` has no readable config.json.

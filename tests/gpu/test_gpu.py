@@ -61,9 +61,8 @@ def test_gpu_equals_cpu_in_fp32(world: World, model: Path) -> None:
 
 
 @needs_transformer_engine
-@pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-3), ("bf16", 1e-2)])
-def test_transformer_engine_spec_equals_the_local_one(world: World, model: Path, dtype: str, bound: float) -> None:
-    precision = {"dtype": dtype}
+def test_transformer_engine_spec_equals_the_local_one(world: World, model: Path) -> None:
+    precision, bound = {"dtype": "bf16"}, 1e-2
     local, local_grads = step(world, model, layer_spec="local", precision=precision)
     fused, fused_grads = step(world, model, layer_spec="transformer_engine", precision=precision)
     assert fused["loss"] == pytest.approx(local["loss"], rel=bound)

@@ -239,6 +239,7 @@ def test_a_mistral_that_does_not_say_its_window_is_refused(world: World, tmp_pat
         ({"fp8": "hybrid"}, "fp8='hybrid' must not be set there: set precision.fp8"),
         ({"sequence_parallel": True}, "set parallel.sequence_parallel"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 must not be set"),
+        ({"init_model_with_meta_device": True}, "must not be set: weights are loaded into parameters that have memory"),
         ({"num_moe_experts": 0}, "TransformerConfig refuses it"),
         ({"softmax_type": "off-by-one"}, "attention computes softmax_type='vanilla' only, not 'off-by-one'"),
     ],

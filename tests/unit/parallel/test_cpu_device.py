@@ -1,8 +1,5 @@
 """The device, and Megatron-Core's adapter to the CPU."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,7 @@ import torch
 from megatron_spin.errors import DeviceError
 from megatron_spin.parallel.check import refuse_untested
 from megatron_spin.parallel.setup import choose_device
-from tests.support.runs import REPOSITORY
+from tests.support.processes import run_python
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -31,16 +28,8 @@ def test_untested_versions_of_megatron_are_refused(version: str) -> None:
         refuse_untested(version)
 
 
-def run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
-    """Runs ``code`` in a process of its own, with ``path`` before everything else that can be imported."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=300
-    )
-
-
 def test_the_adapter_refuses_to_come_after_megatron() -> None:
-    result = run(
+    result = run_python(
         "import megatron.core\n"
         "from megatron_spin.errors import DeviceError\n"
         "from megatron_spin.parallel.setup import choose_device\n"
@@ -54,7 +43,7 @@ def test_kernels_for_gpus_are_not_used_on_a_cpu(tmp_path: Path) -> None:
     """An apex (right or wrong) that can be imported would make Megatron choose its norms and optimizers."""
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('imported')\n")
-    result = run(
+    result = run_python(
         "from megatron_spin.parallel.setup import choose_device\n"
         "print(choose_device('cpu'), choose_device('auto'))\n"
         "from megatron.core.models.gpt import gpt_layer_specs\n"
