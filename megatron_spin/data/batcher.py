@@ -151,27 +151,39 @@ class Batcher:
         sequences = []
         for column in range(self.num_answers):
             sequences += [(example.prompt_ids, example.answers[column]) for example in examples]
-        tokens = np.zeros((len(sequences), length + 1), dtype=np.int64)
-        mask = np.zeros((len(sequences), length), dtype=np.float32)
+        # All integers in one array, and so in one copy to the device: the tokens, then where the response begins and
+        # ends among the labels, then which answers are identical.
+        packed = np.zeros((len(sequences), length + 1 + 3), dtype=np.int64)
         for row, (prompt, answer) in enumerate(sequences):
             end = len(prompt) + len(answer)
-            tokens[row, : len(prompt)] = prompt
-            tokens[row, len(prompt) : end] = answer
-            mask[row, len(prompt) - 1 : end - 1] = 1.0
-        identical = [example.identical for example in examples]
-        on_device = torch.from_numpy(tokens).to(self.device)
+            packed[row, : len(prompt)] = prompt
+            packed[row, len(prompt) : end] = answer
+            packed[row, length + 1 : length + 3] = len(prompt) - 1, end - 1
+        by_column = np.array([example.identical for example in examples]).T
+        packed[:, length + 3] = by_column.reshape(-1)
+        on_device = _to_device(packed, self.device)
+        first, end_of_response, identical = on_device[:, length + 1 :].unbind(dim=1)
+        positions = torch.arange(length, device=self.device)
+        in_response = (positions >= first[:, None]) & (positions < end_of_response[:, None])
         own_reference = None
         if reference is not None:
             # Transposed twice: columns stay contiguous, as those of sum_by_answer.
-            by_answer = np.ascontiguousarray(reference[chosen].T)
-            own_reference = torch.from_numpy(by_answer).to(self.device).T
+            own_reference = _to_device(np.ascontiguousarray(reference[chosen].T), self.device).T
         return Microbatch(
             rows=rows,
             num_answers=self.num_answers,
-            input_ids=on_device[:, :-1].contiguous(),
-            labels=on_device[:, 1:].contiguous(),
-            position_ids=torch.arange(length, device=self.device).expand(len(sequences), length),
-            response_mask=torch.from_numpy(mask).to(self.device),
-            identical=torch.tensor(identical, dtype=torch.bool, device=self.device),
+            input_ids=on_device[:, :length].contiguous(),
+            labels=on_device[:, 1 : length + 1].contiguous(),
+            position_ids=positions.expand(len(sequences), length),
+            response_mask=in_response.float(),
+            identical=identical.bool().view(self.num_answers, len(rows)).T,
             reference=own_reference,
         )
+
+
+def _to_device(host: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copies ``host``; on CUDA from pinned memory and in the order of the device's work, so that nobody waits."""
+    tensor = torch.from_numpy(host)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -25,6 +25,15 @@ def test_epochs_are_shuffled_differently_and_repeatably() -> None:
     assert sampler.batch(0).tolist() != BatchSampler(64, 64, 4).batch(0).tolist()
 
 
+def test_an_epoch_is_drawn_once() -> None:
+    """Its batches are parts of one permutation, the same as ever."""
+    sampler = BatchSampler(64, 8, 3)
+    first, second = sampler.batch(8), sampler.batch(9)
+    assert first.base is second.base is not None
+    order = np.random.Generator(np.random.PCG64([3, 1])).permutation(64)
+    assert [*first, *second] == order[:16].tolist()
+
+
 def test_too_few_examples() -> None:
     with pytest.raises(DataError, match=r"7 training examples are fewer than training\.global_batch_size=8"):
         BatchSampler(7, 8, 0)
