@@ -81,6 +81,11 @@ def run_schedule(
     return results
 
 
+def speaks_for_replica(dims: ParallelDims) -> bool:
+    """Whether this rank's results are those that count of its model replica."""
+    return dims.is_last_stage and dims.tp_rank == 0
+
+
 def sum_over_ranks(value: Tensor, dims: ParallelDims) -> Tensor:
     """Sums ``value`` over data parallel ranks, counting each model replica once.
 
@@ -89,7 +94,6 @@ def sum_over_ranks(value: Tensor, dims: ParallelDims) -> Tensor:
     Returns:
         The sum, on every rank.
     """
-    counted = dims.is_last_stage and dims.tp_rank == 0
-    total = value.clone() if counted else torch.zeros_like(value)
+    total = value.clone() if speaks_for_replica(dims) else torch.zeros_like(value)
     torch.distributed.all_reduce(total)
     return total

@@ -209,7 +209,8 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
         if inputs.opponent is not None:
             _check_policy_is_opponent(config, policy, inputs.opponent)
     reference = None
-    if inputs.objective.needs_reference:
+    # A training that only lacks what follows its last step needs no scores.
+    if inputs.objective.needs_reference and done < inputs.plan.total:
         reference, is_opponent_loaded = _reference(config, run_dir, target, inputs, policy, fresh=not done)
         if is_opponent_loaded and not done:
             _load_start(config, policy, source, first=first)
@@ -238,7 +239,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
         step=done,
         total=inputs.plan.total,
         label=f"train {target.label}",
-        enabled=dims.rank == 0,
+        ranks=dims,
     )
     with writer:
         trainer.run(
@@ -303,8 +304,10 @@ def _reference(
         [N, r] scores, and whether the policy now holds the exported opponent's weights in place of its own.
     """
     key = {"opponent": inputs.opponent, "pairs": inputs.pairs, "numerics": _numerics(config, policy)}
-    cache = ScoreCache(target.pairs, inputs.objective.answers, key)
-    scores = cache.load()
+    # Which prompts share a microbatch, and so its padding, depends on the global batch, too.
+    cut = [policy.global_batch_size, config.training.micro_batch_size, alignment(config)]
+    cache = ScoreCache(target.pairs, inputs.objective.answers, key, cut)
+    scores = cache.load(policy.dims, any_cut=not fresh)
     if scores is not None:
         logger.info(f"opponent scores of {len(scores)} pairs from {cache.file}")
         return scores, False
@@ -313,9 +316,7 @@ def _reference(
         opponent_hf = run_dir.opponent_hf(config, target.iteration or 0)
         load_hf(policy.model, opponent_hf, policy.dims, through=config.precision.export_dtype)
     scores = policy.score(progress=True)
-    if policy.dims.rank == 0:
-        cache.save(scores)
-    torch.distributed.barrier()
+    cache.save(scores, policy.dims)
     return scores, must_load
 
 
@@ -325,7 +326,7 @@ def _exports_as_it_computes(config: Config) -> bool:
 
 
 def _numerics(config: Config, policy: Policy) -> dict[str, Any]:
-    """Everything that the last bits of a score depend on; if any of it changed, the cache is rebuilt."""
+    """What the last bits of a score depend on besides the cut into microbatches; if it changed, all are scored anew."""
     dims = policy.dims
     return {
         "dtype": config.precision.dtype,
@@ -333,8 +334,6 @@ def _numerics(config: Config, policy: Policy) -> dict[str, Any]:
         "layer_spec": layer_spec(config, dims.device.type),
         "device": dims.device.type,
         "layout": [dims.tp_size, dims.pp_size, config.parallel.sequence_parallel],
-        # Which prompts share a microbatch, and so its padding, depends on the global batch, too.
-        "microbatch": [policy.global_batch_size, config.training.micro_batch_size, alignment(config)],
     }
 
 

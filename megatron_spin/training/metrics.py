@@ -11,6 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_spin.io import atomic_writer
 from megatron_spin.log import Progress
+from megatron_spin.parallel.collectives import on_rank_zero
+from megatron_spin.processes import Ranks
 from megatron_spin.run.step_metrics import load_step_metrics
 
 CONTRACT = ("loss", "margin", "accuracy", "real_logps", "generated_logps", "real_reward", "generated_reward")
@@ -50,51 +52,78 @@ def metrics_row(
 
 
 class MetricsWriter:
-    """Appends one object per step; use it in a ``with`` block.
+    """Appends one object per step on rank 0; every rank makes one and uses it in a ``with`` block.
 
     On resume it first drops the steps that will be done again, so that no step is there twice.
+
+    A row that cannot be written, as on a full disk, raises nothing at once, since the other ranks are on their way to
+    the next collective: it is kept as :attr:`failure`, until all ranks ask for it.
     """
 
-    def __init__(self, jsonl: Path, tensorboard: Path, *, step: int, total: int, label: str, enabled: bool) -> None:
-        self.enabled = enabled
-        if not enabled:
-            return
+    def __init__(self, jsonl: Path, tensorboard: Path, *, step: int, total: int, label: str, ranks: Ranks) -> None:
+        """A collective.
+
+        Raises:
+            RunDirError, OSError: the file cannot be read, or neither can be written.
+        """
+        self.enabled = ranks.rank == 0
+        self.failure: OSError | None = None
+        self._ranks = ranks
+        on_rank_zero(ranks, lambda: self._open(jsonl, tensorboard, step))
+        self._progress = Progress(label, total=total, done=step, unit="step", shown=self.enabled)
+
+    def _open(self, jsonl: Path, tensorboard: Path, step: int) -> None:
         kept = [row for row in load_step_metrics(jsonl) if row.step <= step]
         with atomic_writer(jsonl) as file:
             for row in kept:
                 file.write(json.dumps(row.values) + "\n")
         self._file = open(jsonl, "a")  # noqa: SIM115 (closed in __exit__)
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=step + 1)
-        self._progress = Progress(label, total=total, done=step, unit="step", shown=True)
 
     def __enter__(self) -> "MetricsWriter":
-        if self.enabled:
-            self._progress.__enter__()
+        self._progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.enabled:
-            self._file.close()
-            self._tensorboard.close()
-            self._progress.__exit__(kind, error, trace)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Writes the row of one step; the keys of the contract, ``step`` from 1."""
+        self._progress.__exit__(kind, error, trace)
         if not self.enabled:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self._tensorboard.add_scalar(name, value, row["step"])
+        try:
+            self._file.close()
+            self._tensorboard.close()
+        except OSError:  # what failed before fails again here, and is raised already
+            if self.failure is None:
+                raise
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes the row of one step; the keys of the contract, ``step`` from 1. Does nothing after a failure."""
+        if not self.enabled or self.failure is not None:
+            return
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._tensorboard.add_scalar(name, value, row["step"])
+        except OSError as error:
+            self.failure = error
+            return
         note = [f"{label}={row[name]:.4g}" for name, label in SHOWN.items() if row[name] is not None]
         note.append(f"tok/s={row['tokens'] / row['seconds']:.0f}")
         self._progress.update(note=", ".join(note))
 
     def sync(self) -> None:
-        """Makes what was written durable; a checkpoint relies on it."""
-        if self.enabled:
-            os.fsync(self._file.fileno())
-            self._tensorboard.flush()
+        """Makes what was written durable, which a checkpoint relies on; a collective.
+
+        Raises:
+            OSError: a row could not be written, on all ranks.
+        """
+        on_rank_zero(self._ranks, self._sync)
+
+    def _sync(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        os.fsync(self._file.fileno())
+        self._tensorboard.flush()

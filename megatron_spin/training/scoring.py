@@ -17,8 +17,10 @@ from megatron_spin.data.batcher import Batcher
 from megatron_spin.errors import GateError
 from megatron_spin.io import atomic_writer, read_json, sha256, write_json
 from megatron_spin.log import Progress
+from megatron_spin.parallel.collectives import on_rank_zero
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.pipeline import collect_logps, run_schedule, sum_over_ranks
+from megatron_spin.processes import Ranks
 
 FLOAT_NOISE = 2e-6
 """Relative rounding of an fp32 sum of log-probs: what the gate grants even where scoring twice showed no difference."""
@@ -60,12 +62,17 @@ def score(
 
 @dataclasses.dataclass(frozen=True)
 class ScoreCache:
-    """``scores.safetensors`` and its manifest in an iteration's ``pairs/``, keyed by opponent, pairs and numerics."""
+    """``scores.safetensors`` and its manifest in an iteration's ``pairs/``, keyed by opponent, pairs and numerics.
+
+    Rank 0 reads and writes for all ranks.
+    """
 
     directory: Path
     answers: tuple[str, ...]
     """Names of the columns."""
     key: dict[str, Any]
+    cut: list[int]
+    """What decides which answers share a microbatch, and so the rounding of their scores."""
 
     @property
     def file(self) -> Path:
@@ -75,16 +82,25 @@ class ScoreCache:
     def manifest(self) -> Path:
         return self.directory / "scores.json"
 
-    def load(self) -> np.ndarray | None:
-        """The scores, [N, r] fp32, or None if there are none for this key.
+    def load(self, ranks: Ranks, *, any_cut: bool) -> np.ndarray | None:
+        """The scores, [N, r] fp32, or None if there are none for this key; a collective.
+
+        Args:
+            any_cut: scores of another cut will do. A training that continues keeps those that its steps so far used.
+                One that begins is checked against them, within a noise that this cut alone decides.
 
         Raises:
             GateError: the file is not the one that its manifest describes.
         """
+        return on_rank_zero(ranks, lambda: self._read(any_cut))
+
+    def _read(self, any_cut: bool) -> np.ndarray | None:
         if not self.manifest.exists():
             return None
         manifest = read_json(self.manifest)
         if manifest["key"] != self.key:
+            return None
+        if not any_cut and manifest.get("cut") != self.cut:
             return None
         if not self.file.exists() or sha256(self.file) != manifest["sha256"]:
             raise GateError(
@@ -95,15 +111,19 @@ class ScoreCache:
         columns = [tensors[f"{answer}_logps"] for answer in self.answers]
         return np.stack(columns, axis=1)
 
-    def save(self, scores: np.ndarray) -> None:
-        """Writes scores [N, r], then the manifest that makes them count."""
+    def save(self, scores: np.ndarray, ranks: Ranks) -> None:
+        """Writes scores [N, r], then the manifest that makes them count; a collective."""
+        on_rank_zero(ranks, lambda: self._write(scores))
+
+    def _write(self, scores: np.ndarray) -> None:
         self.manifest.unlink(missing_ok=True)
         tensors = {}
         for column, answer in enumerate(self.answers):
             tensors[f"{answer}_logps"] = np.ascontiguousarray(scores[:, column])
         with atomic_writer(self.file, "wb") as file:
             file.write(safetensors.numpy.save(tensors))
-        write_json(self.manifest, {"key": self.key, "sha256": sha256(self.file), "num_pairs": len(scores)})
+        digest = sha256(self.file)
+        write_json(self.manifest, {"key": self.key, "cut": self.cut, "sha256": digest, "num_pairs": len(scores)})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from megatron_spin.data.sampler import BatchSampler
 from megatron_spin.errors import GateError
 from megatron_spin.parallel.cpu_device import megatron_region
 from megatron_spin.parallel.dims import ParallelDims
-from megatron_spin.parallel.pipeline import run_schedule, sum_over_ranks
+from megatron_spin.parallel.pipeline import run_schedule, speaks_for_replica
 from megatron_spin.spin.objective import Objective
 from megatron_spin.training.checkpoint import save_checkpoint
 from megatron_spin.training.forward_step import objective_forward_step, reported_names
@@ -43,6 +43,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self._forward_step = objective_forward_step(self.objective)
         self._names = reported_names(self.objective)
+        self._has_failed = False
+        """Whether this rank could not write a row."""
+        self._a_rank_has_failed = False
 
     def forward_backward(self, indices: np.ndarray) -> dict[str, float]:
         """Accumulates the mean gradient of the examples ``indices`` into ``main_grad``.
@@ -103,9 +106,12 @@ class Trainer:
         """
         for step in range(done, self.plan.total):
             row = self.step(step)
+            if self._a_rank_has_failed:
+                writer.sync()  # raises
             if gate is not None and step == 0:
                 gate(row["loss"])
             writer.write(row)
+            self._has_failed = writer.failure is not None
             if (step + 1) % every == 0 or step + 1 == self.plan.total:
                 writer.sync()
                 save_checkpoint(
@@ -119,10 +125,15 @@ class Trainer:
                 )
 
     def _means(self, results: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        local = torch.zeros(len(self._names), 2, dtype=torch.float64, device=self.dims.device)
-        for result in results:
-            local += torch.stack([result[name] for name in self._names]).double()
-        sums = sum_over_ranks(local, self.dims).tolist()
+        total = torch.zeros(len(self._names) + 1, 2, dtype=torch.float64, device=self.dims.device)
+        if speaks_for_replica(self.dims):
+            for result in results:
+                total[:-1] += torch.stack([result[name] for name in self._names]).double()
+        # The last row counts the ranks that could not write their metrics: that needs no exchange of its own.
+        total[-1] = float(self._has_failed)
+        torch.distributed.all_reduce(total)
+        *sums, (num_failed, _) = total.tolist()
+        self._a_rank_has_failed = num_failed > 0
         return {name: total / count for name, (total, count) in zip(self._names, sums, strict=True)}
 
     def _require_finite(self, step: int, name: str, value: float) -> None:

@@ -78,3 +78,49 @@ def test_a_policy_that_gives_no_numbers_is_refused(
     """Noise and tolerance are NaN here, with which every comparison is false."""
     [found] = world(1).run(checked, tiny_config(model), pairs, ruin=True)
     assert "which is the opponent, gives nan" in found
+
+
+def cached(directories: list[Path], scores: np.ndarray | None, *, cut: int, any_cut: bool) -> list[Any] | str:
+    """What each rank reads of a cache, seen by it in ``directories[rank]``, after ``scores`` are saved if given."""
+    from megatron_spin.errors import SpinError
+    from megatron_spin.processes import Ranks, rank, world_size
+    from megatron_spin.training.scoring import ScoreCache
+
+    cache = ScoreCache(directories[rank()], ("real", "generated"), {"opponent": "o"}, [8, cut, 8])
+    ranks = Ranks(rank(), world_size())
+    try:
+        if scores is not None:
+            cache.save(scores, ranks)
+        found = cache.load(ranks, any_cut=any_cut)
+    except (SpinError, OSError) as error:
+        return str(error)
+    return [] if found is None else found.tolist()
+
+
+def test_rank_0_reads_and_writes_the_scores_of_all(world: Callable[[int], World], tmp_path: Path) -> None:
+    """Rank 1 sees an older state of the directory."""
+    seen = [tmp_path / "seen by 0", tmp_path / "seen by 1"]
+    scores = np.array([[-1.5, -2.0], [-0.25, -9.0]], dtype=np.float32)
+    assert world(2).run(cached, seen, None, cut=2, any_cut=False) == [[], []]
+    assert world(2).run(cached, seen, scores, cut=2, any_cut=False) == [scores.tolist()] * 2
+    assert not seen[1].exists()
+    (seen[0] / "scores.safetensors").write_bytes(b"other")
+    for refused in world(2).run(cached, seen, None, cut=2, any_cut=False):
+        assert "were altered after scoring" in refused
+
+
+def test_scores_that_cannot_be_written_stop_all_ranks(world: Callable[[int], World], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused = world(2).run(cached, [tmp_path / "file"] * 2, np.zeros((2, 2), np.float32), cut=2, any_cut=False)
+    assert refused[0] == refused[1]
+    assert "file" in refused[0]
+
+
+def test_a_training_that_continues_keeps_scores_of_another_microbatch(
+    world: Callable[[int], World], tmp_path: Path
+) -> None:
+    """One that begins scores anew, since the check of its first batch measures the noise of its own microbatches."""
+    scores = np.zeros((2, 2), np.float32)
+    world(1).run(cached, [tmp_path], scores, cut=2, any_cut=False)
+    assert world(1).run(cached, [tmp_path], None, cut=4, any_cut=True) == [scores.tolist()]
+    assert world(1).run(cached, [tmp_path], None, cut=4, any_cut=False) == [[]]

@@ -118,6 +118,35 @@ def test_resumed_equals_uninterrupted_even_without_the_score_cache(
     assert weights(run) == weights(finished)
 
 
+def test_a_training_that_ends_after_its_last_step_scores_nothing(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Killed after the last checkpoint, before it was recorded as done."""
+    config, finished = trained
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    forget(run, "train:0")
+    for file in (run / "iteration_0/pairs").glob("scores.*"):
+        file.unlink()
+    assert f"resumed from step {STEPS} of {STEPS}" in train(config, run).stdout
+    assert not list((run / "iteration_0/pairs").glob("scores.*"))
+    assert metrics(run / "iteration_0/metrics.jsonl") == metrics(finished / "iteration_0/metrics.jsonl")
+
+
+def test_a_training_that_goes_on_with_other_microbatches_keeps_its_scores(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config, finished = trained
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    stop_after(run, 2)
+    before = sha256(run / "iteration_0/pairs/scores.json")
+    result = train(config, run, "training.micro_batch_size=2")
+    assert "opponent scores of 40 pairs from" in result.stdout
+    assert sha256(run / "iteration_0/pairs/scores.json") == before
+    losses = [row["loss"] for row in metrics(run / "iteration_0/metrics.jsonl")]
+    expected = [row["loss"] for row in metrics(finished / "iteration_0/metrics.jsonl")]
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_checkpoint_of_another_training_is_not_gone_on_with(fresh: tuple[Path, Path]) -> None:
     config, run = fresh
     arguments = (config, "--run-dir", run, "--baseline", "sft_continued")

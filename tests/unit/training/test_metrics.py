@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from megatron_spin.processes import Ranks
 from megatron_spin.training.metrics import MetricsWriter, metrics_row
 
 
 def write(path: Path, *, start: int, stop: int) -> None:
     """Steps ``start + 1`` to ``stop``, of a training that continues after step ``start``."""
-    with MetricsWriter(path, path.parent / "tensorboard", step=start, total=9, label="t", enabled=True) as writer:
+    with MetricsWriter(path, path.parent / "tensorboard", step=start, total=9, label="t", ranks=Ranks(0, 1)) as writer:
         for step in range(start + 1, stop + 1):
             means = {"loss": 1 / step, "margin": float("nan"), "own_metric": 0.1 + step}
             row = metrics_row(step, means, grad_norm=0.3, learning_rate=1e-7, tokens=9, pairs=4, seconds=0.123456)
