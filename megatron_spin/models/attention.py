@@ -22,7 +22,7 @@ class SDPAttention(torch.nn.Module):
     """Causal attention over right-padded batches, on CPU and CUDA.
 
     It takes no padding mask: padding is on the right, so causality hides it from every real position. Keys and values
-    of grouped queries are not repeated in memory.
+    of grouped queries are repeated in memory only where :func:`must_repeat_groups` says so.
     """
 
     def __init__(
@@ -57,15 +57,8 @@ class SDPAttention(torch.nn.Module):
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, s, d]
         length = q.shape[2]
         window = self._window_mask(length, q.device)
-        context = torch.nn.functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=window,
-            is_causal=window is None,
-            scale=self.softmax_scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        repeat = must_repeat_groups(q.device.type, q.dtype, masked=window is not None)
+        context = causal_attention(q, k, v, window=window, scale=self.softmax_scale, repeat=repeat)
         return context.permute(2, 0, 1, 3).reshape(length, q.shape[0], -1)
 
     def _window_mask(self, length: int, device: torch.device) -> Tensor | None:
@@ -75,3 +68,36 @@ class SDPAttention(torch.nn.Module):
         position = torch.arange(length, device=device)
         distance = position[:, None] - position[None, :]
         return (distance >= 0) & (distance <= self.window[0])
+
+
+def must_repeat_groups(device_type: str, dtype: torch.dtype, *, masked: bool) -> bool:
+    """Whether grouped queries would run torch's math kernel, which holds [b, heads, s, s] several times.
+
+    Of the fused kernels on CUDA only flash attention takes fewer heads of keys than of queries, and it takes neither
+    fp32 nor a mask. The memory-efficient kernel takes both, once there are as many heads of keys.
+    """
+    return device_type == "cuda" and (masked or dtype == torch.float32)
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, window: Tensor | None, scale: float | None, repeat: bool
+) -> Tensor:
+    """torch's scaled dot product attention, [b, heads, s, d], over grouped queries.
+
+    Args:
+        window: [s, s] bool, True where the query sees the key; None: every query sees all keys before it.
+        repeat: repeats the heads of keys and values in memory, which changes no result beyond rounding.
+    """
+    is_grouped = query.shape[1] != key.shape[1]
+    if is_grouped and repeat:
+        group_size = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(group_size, dim=1) for tensor in (key, value))
+    return torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=window,
+        is_causal=window is None,
+        scale=scale,
+        enable_gqa=is_grouped and not repeat,
+    )

@@ -59,7 +59,7 @@ def build_model(config: Config, dims: ParallelDims) -> list[MegatronModule]:
         _check_provided(model, config)
         model.to(dims.device)
         _mark_tensor_parallel(model)
-        mask_padding(model, vocab_size)
+        mask_padding(model, vocab_size, dims.pg_collection.tp)
         # Gradients are divided by the pairs (or tokens) of the global batch; DDP asks when it is built.
         model.config.calculate_per_token_loss = True
         # Microbatches differ in length, so pipeline stages tell each other the shapes that they send.
