@@ -20,9 +20,9 @@ from megatron_spin.models.attention import SDPAttention
 from megatron_spin.models.families import family_of
 from megatron_spin.models.family import HfConfig
 from megatron_spin.models.norm import RMSNorm
-from megatron_spin.models.precision import precision_fields
+from megatron_spin.models.precision import precision_fields, with_dtypes
 from megatron_spin.parallel.dims import ParallelDims
-from megatron_spin.parallel.kernels import layer_spec
+from megatron_spin.parallel.kernels import layer_spec, weight_gradient_fusion
 
 OWNED = {
     "params_dtype": "precision.dtype",
@@ -69,6 +69,7 @@ def transformer_config(hf_config: HfConfig, config: Config, dims: ParallelDims) 
     _refuse_fields(config.model.transformer)
     on_cpu = dims.device.type == "cpu"
     fused = not on_cpu and layer_spec(config, dims.device.type) == "transformer_engine"
+    fusion = weight_gradient_fusion(config, dims.device.type)
     values: dict[str, Any] = {
         **family.transformer_fields(hf_config),
         "hidden_dropout": 0.0,  # scoring and training must be the same function
@@ -77,7 +78,7 @@ def transformer_config(hf_config: HfConfig, config: Config, dims: ParallelDims) 
         "bias_dropout_fusion": fused,
         "apply_rope_fusion": fused,
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": fusion == "all",
         "persist_layer_norm": fused,
         "use_cpu_initialization": on_cpu,
         "perform_initialization": False,  # the weights are loaded
@@ -93,8 +94,8 @@ def transformer_config(hf_config: HfConfig, config: Config, dims: ParallelDims) 
         with warnings.catch_warnings():
             # Megatron warns about its own default.
             warnings.filterwarnings("ignore", message="full scope is deprecated")
-            transformer = TransformerConfig(**values)
-    except (AssertionError, ValueError, TypeError) as error:
+            transformer = TransformerConfig(**with_dtypes(TransformerConfig, values, "model.transformer"))
+    except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"model.transformer: Megatron's TransformerConfig refuses it: {error}") from error
     experts = transformer.expert_model_parallel_size
     if experts != dims.ep_size:
@@ -127,7 +128,7 @@ def gpt_model(
         divisible_by=config.model.make_vocab_size_divisible_by,
         tensor_parallel=dims.tp_size,
     )
-    return GPTModel(
+    model = GPTModel(
         config=transformer,
         transformer_layer_spec=_layer_spec(transformer, layer_spec(config, dims.device.type), dims, vp_stage),
         vocab_size=vocabulary,
@@ -138,6 +139,11 @@ def gpt_model(
         vp_stage=vp_stage,
         pg_collection=dims.pg_collection,
     )
+    if weight_gradient_fusion(config, dims.device.type) == "layers":
+        for module in model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):  # a linear of Transformer Engine
+                module.fuse_wgrad_accumulation = True
+    return model
 
 
 def _layer_spec(

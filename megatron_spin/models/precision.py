@@ -1,5 +1,6 @@
 """Compute dtype and FP8 of a model: fields of Megatron's TransformerConfig, and the wrapper that casts its inputs."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -8,6 +9,34 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron_spin.config import Config
 from megatron_spin.errors import ConfigError
 from megatron_spin.hf.files import DTYPES
+
+MEGATRON_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.uint8,
+}
+"""Megatron-LM's names of dtypes; Transformer Engine's FP8 is stored as bytes."""
+
+
+def with_dtypes(kind: type[Any], values: dict[str, Any], section: str) -> dict[str, Any]:
+    """``values`` with dtypes in place of their names, in every field of ``kind`` whose type is a torch.dtype.
+
+    Raises:
+        ConfigError: a name is none of :data:`MEGATRON_DTYPES`, and no ``torch.NAME`` of a dtype either.
+    """
+    converted = dict(values)
+    for field in dataclasses.fields(kind):
+        value = values.get(field.name)
+        if "torch.dtype" not in str(field.type) or not isinstance(value, str):
+            continue
+        dtype = MEGATRON_DTYPES.get(value) or getattr(torch, value.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ConfigError(
+                f"{section}.{field.name}={value!r} is no dtype: use one of {', '.join(MEGATRON_DTYPES)}, or torch.NAME"
+            )
+        converted[field.name] = dtype
+    return converted
 
 
 def precision_fields(config: Config) -> dict[str, Any]:

@@ -77,6 +77,20 @@ def has_transformer_engine() -> bool:
     )
 
 
+def weight_gradient_fusion(config: Config, device_type: str) -> Literal["none", "layers", "all"]:
+    """Which linear layers add their weight gradients to the fp32 sum in the matrix product itself.
+
+    Transformer Engine's linears (``layers``) bring the kernel. Megatron's own, of which the output layer is always one,
+    take that of apex, and with it Megatron's field ``gradient_accumulation_fusion`` can be on (``all``).
+    """
+    asked = config.model.transformer.get("gradient_accumulation_fusion", True)
+    if device_type != "cuda" or not asked:
+        return "none"
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None:
+        return "all"
+    return "layers" if layer_spec(config, device_type) == "transformer_engine" else "none"
+
+
 def refuse_wrong_apex() -> None:
     """Refuses PyPI's ``apex``, another project; if it can be imported, Megatron picks norms that it does not have and
     fails far from the cause.

@@ -41,7 +41,7 @@ from megatron_spin.training.assembly import Policy, build_policy
 from megatron_spin.training.checkpoint import latest_step, load_checkpoint
 from megatron_spin.training.forward_step import reported_names
 from megatron_spin.training.metrics import MetricsWriter
-from megatron_spin.training.optimizer import optimizer_config
+from megatron_spin.training.optimizer import OVERLAPS, optimizer_config
 from megatron_spin.training.optimizer_state import carry_over_main_weights
 from megatron_spin.training.schedule import StepPlan
 from megatron_spin.training.scoring import ScoreCache, check_scores
@@ -199,6 +199,9 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
         peak=inputs.plan.peak,
         global_batch_size=inputs.sampler.global_batch_size,
     )
+    overlapped = [name for name in OVERLAPS if getattr(policy.model[0].ddp_config, name)]
+    if overlapped:
+        logger.info(f"communication overlaps computation: {', '.join(overlapped)}")
     logger.info(_describe(inputs))
 
     done = on_rank_zero(dims, lambda: latest_step(target.checkpoints)) or 0

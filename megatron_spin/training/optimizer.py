@@ -6,16 +6,21 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_spin.config import Config
 from megatron_spin.errors import ConfigError
+from megatron_spin.models.precision import with_dtypes
 from megatron_spin.parallel.cpu_device import megatron_region
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.training import rmsprop
 from megatron_spin.training.optimizer_settings import check_optimizer
+
+OVERLAPS = ("overlap_grad_reduce", "overlap_param_gather")
+"""Fields of Megatron's DistributedDataParallelConfig that hide communication behind computation."""
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
@@ -31,6 +36,17 @@ def distributed_optimizer(config: Config) -> bool:
     return config.parallel.use_distributed_optimizer and config.training.optimizer["optimizer"] != "sgd"
 
 
+def overlaps(config: Config, device_type: str, *, dp_size: int) -> dict[str, bool]:
+    """Which communication overlaps computation unless ``parallel.ddp`` says otherwise: all that can, on GPUs."""
+    overlap_gradients = device_type == "cuda" and dp_size > 1
+    # Megatron starts the gather of parameters from its hooks of gradients, so the one needs the other.
+    overlap_gradients_given = config.parallel.ddp.get("overlap_grad_reduce", overlap_gradients)
+    return {
+        "overlap_grad_reduce": overlap_gradients,
+        "overlap_param_gather": overlap_gradients and overlap_gradients_given and distributed_optimizer(config),
+    }
+
+
 def optimizer_config(config: Config, *, learning_rate: float) -> OptimizerConfig:
     """``training.optimizer`` as Megatron's OptimizerConfig.
 
@@ -41,6 +57,11 @@ def optimizer_config(config: Config, *, learning_rate: float) -> OptimizerConfig
     given = dict(config.training.optimizer)
     if given["optimizer"] == "rmsprop":
         given = {"adam_beta2": rmsprop.ALPHA, "adam_eps": rmsprop.EPS, **given, **rmsprop.AS_ADAM}
+    if given.get("use_precision_aware_optimizer") and not HAVE_TE:
+        raise ConfigError(
+            "training.optimizer.use_precision_aware_optimizer=true needs Transformer Engine's FusedAdam, which is not "
+            "here: install Transformer Engine on a machine with a GPU, or leave the field out"
+        )
     bf16 = config.precision.dtype == "bf16"
     ours = {"lr": learning_rate, "bf16": bf16, "params_dtype": torch.bfloat16 if bf16 else torch.float32}
     defaults = {
@@ -62,6 +83,7 @@ def wrap_and_optimize(
     with megatron_region():
         given = {
             "grad_reduce_in_fp32": True,
+            **overlaps(config, dims.device.type, dp_size=dims.dp_size),
             **config.parallel.ddp,
             "use_distributed_optimizer": distributed_optimizer(config),
         }
@@ -89,6 +111,6 @@ def _megatron_config(kind: Any, values: dict[str, Any], section: str) -> Any:
         if name not in known:
             raise ConfigError(f"{section}.{name} is not a field of Megatron's {kind.__name__}: check its spelling")
     try:
-        return kind(**values)
-    except (AssertionError, ValueError, TypeError) as error:
+        return kind(**with_dtypes(kind, values, section))
+    except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"{section}: Megatron's {kind.__name__} refuses it: {error}") from error

@@ -59,11 +59,15 @@ class Trainer:
         self.optimizer.zero_grad()
         return self._means(run_schedule(self._forward_step, self.model, batches))
 
-    def step(self, step: int) -> dict[str, Any]:
+    def step(self, step: int, gate: Callable[[float], None] | None = None) -> dict[str, Any]:
         """Takes optimizer step ``step`` (from 0) and returns its row for metrics.jsonl.
 
+        Args:
+            gate: checks the loss before any weight changes.
+
         Raises:
-            GateError: the loss or a gradient is not finite; the weights of the last checkpoint are untouched.
+            GateError: the gate refuses, or the loss or a gradient is not finite; the weights of the last checkpoint
+                are untouched.
         """
         started = time.perf_counter()
         indices = self.sampler.batch(step)
@@ -71,6 +75,8 @@ class Trainer:
         rate = self.plan.learning_rate(step)
         set_learning_rate(self.optimizer, rate)
         self._require_finite(step, "loss", means["loss"])
+        if gate is not None:
+            gate(means["loss"])
         with megatron_region():
             _, grad_norm, _ = self.optimizer.step()
             norm = float(self.optimizer.get_grad_norm() if grad_norm is None else grad_norm)
@@ -102,14 +108,12 @@ class Trainer:
         Args:
             keep: how many of the newest checkpoints stay.
             state: plain data kept in each checkpoint.
-            gate: checks the first loss if the very first step of an iteration is among these.
+            gate: checks the first loss, before the first step of an iteration, if that is among these.
         """
         for step in range(done, self.plan.total):
-            row = self.step(step)
+            row = self.step(step, gate if step == 0 else None)
             if self._a_rank_has_failed:
                 writer.sync()  # raises
-            if gate is not None and step == 0:
-                gate(row["loss"])
             writer.write(row)
             self._has_failed = writer.failure is not None
             if (step + 1) % every == 0 or step + 1 == self.plan.total:

@@ -8,7 +8,7 @@ import torch
 
 from megatron_spin.errors import DeviceError
 from megatron_spin.parallel import kernels
-from megatron_spin.parallel.kernels import check_layer_spec, layer_spec, refuse_wrong_apex
+from megatron_spin.parallel.kernels import check_layer_spec, layer_spec, refuse_wrong_apex, weight_gradient_fusion
 from megatron_spin.parallel.setup import compute_in_fp32
 from tests.support.configs import build
 from tests.support.processes import run_python
@@ -42,7 +42,29 @@ def test_what_auto_stands_for(
     assert layer_spec(build(layer_spec=asked, precision={"dtype": dtype}), device) == spec
 
 
-def test_fp32_is_not_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "spec", "apex", "asked", "fusion"),
+    [
+        ("cuda", "transformer_engine", False, True, "layers"),
+        ("cuda", "transformer_engine", True, True, "all"),
+        ("cuda", "local", True, True, "all"),
+        ("cuda", "local", False, True, "none"),
+        ("cuda", "transformer_engine", True, False, "none"),
+        ("cpu", "local", True, True, "none"),
+    ],
+)
+def test_where_weight_gradients_are_fused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, spec: str, apex: bool, asked: bool, fusion: str
+) -> None:
+    if apex:
+        (tmp_path / "fused_weight_gradient_mlp_cuda.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    transformer = {} if asked else {"gradient_accumulation_fusion": False}
+    config = build(layer_spec=spec, model={"hf": "x", "transformer": transformer})
+    assert weight_gradient_fusion(config, device) == fusion
+
+
+def test_fp32_is_not_tf32() -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     compute_in_fp32()
