@@ -74,7 +74,7 @@ find_tools() {
 
 # ----------------------------------------------------------------------------------------------------------------- plan
 
-# Sets run_dir and result, and `plan` to one line of assignments per phase: phase, status, ranks, replan, what, command
+# Sets run_dir, devices and result, and `plan` to one line of assignments per phase: phase, status, ranks, replan, what, command
 # (megatron_spin/run/plan.py).
 read_plan() { # [--check]
   local arguments=("$config" "${overrides[@]}" "$@") text
@@ -88,7 +88,7 @@ read_plan() { # [--check]
 
 print_plan() {
   local line phase status ranks replan what command prefix
-  printf 'plan for %s\n' "$run_dir"
+  printf 'plan for %s on %s\n' "$run_dir" "$devices"
   for line in "${plan[@]}"; do
     eval "$line"
     printf '  %-4s  %-26s %s\n' "$status" "$phase" "$what"
@@ -199,7 +199,7 @@ main() {
   child=''
   trap 'stop INT 130' INT
   trap 'stop TERM 143' TERM
-  printf 'run directory %s\n' "$run_dir"
+  printf 'run directory %s, on %s\n' "$run_dir" "$devices"
   for ((number = 1; number <= ${#plan[@]}; number++)); do
     eval "${plan[number - 1]}"
     line="[$number/${#plan[@]}] $phase"

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_spin import cli
+from megatron_spin.run.devices import num_ranks
 from megatron_spin.run.directory import RunDir
-from megatron_spin.run.plan import CommandLines, Plan, PlannedPhase, as_text, num_ranks
+from megatron_spin.run.plan import CommandLines, Plan, PlannedPhase, as_text
 from megatron_spin.run.preflight import check
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

@@ -19,7 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from megatron_spin.errors import DeviceError
+from megatron_spin.machine import visible_gpus
 from megatron_spin.processes import die_with_parent
+from megatron_spin.run.devices import check_vllm, installed_vllm
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -62,6 +65,8 @@ def main() -> None:
         _serve(requests, idle, send)
     except _RefusedError as error:
         send({"error": str(error), "kind": error.kind})
+    except DeviceError as error:
+        send({"error": str(error), "kind": "device"})
     except Exception as error:
         traceback.print_exc()
         sys.stderr.flush()
@@ -98,6 +103,9 @@ def _start(settings: dict[str, Any]) -> "LLMEngine":
 
     ``settings`` has hf_dir, dtype (fp32 or bf16), end_token_id, max_length, device and vllm (engine arguments).
     """
+    installed = installed_vllm()
+    if installed:
+        check_vllm(settings["device"], visible_gpus(), installed)
     model = json.loads((Path(settings["hf_dir"]) / "config.json").read_text())
     _environment(settings, model)
 

@@ -8,15 +8,16 @@ import torch
 
 from megatron_spin.errors import CheckpointError, DeviceError
 from megatron_spin.hf.files import DTYPES
+from megatron_spin.machine import visible_gpus
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a transformers model for the configuration's ``device``; ``auto`` takes a GPU if torch sees one.
+    """The device of a transformers model for the configuration's ``device``; ``auto`` takes a GPU if there is one.
 
     Megatron needs more: ``parallel/setup.py`` also prepares the process for it.
 
     Raises:
-        DeviceError: ``cuda`` and torch sees no GPU.
+        DeviceError: ``cuda`` and torch sees no GPU, or ``auto`` and torch cannot use those of this machine.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -24,6 +25,12 @@ def choose_device(name: str) -> torch.device:
             "device=cuda, but PyTorch sees no GPU: set device: cpu, or install a CUDA build of PyTorch and a driver"
         )
     if name == "auto":
+        gpus = visible_gpus()
+        if gpus.names and not available:
+            raise DeviceError(
+                f"this machine has {gpus}, but torch {torch.__version__} cannot use them: run `make setup LOCK=gpu` "
+                "and check the driver, or set device=cpu"
+            )
         name = "cuda" if available else "cpu"
     return torch.device(name)
 

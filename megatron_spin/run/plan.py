@@ -5,15 +5,13 @@ The driver (tools/spin.sh) asks for it as text and only walks through it: everyt
 
 import dataclasses
 import difflib
-import os
 import shlex
-import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_spin.config import Config, has_evaluation
-from megatron_spin.errors import ConfigError, DeviceError
+from megatron_spin.errors import ConfigError
+from megatron_spin.run.devices import gpus_of, num_ranks
 from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.run.records import kind_and_label
 from megatron_spin.run.result import ENDS, is_done, read_result, rolled_back
@@ -177,7 +175,8 @@ def _target_flags(label: str) -> tuple[str, ...]:
 def as_text(phases: Sequence[PlannedPhase], commands: CommandLines) -> Iterator[str]:
     """Shell assignments for the driver, one line per phase behind a first line for the run.
 
-    The first line assigns ``run_dir`` and ``result``, the result so far in words or nothing. The others assign
+    The first line assigns ``run_dir``, ``devices`` (what the run uses, in words) and ``result`` (the result so far in
+    words, or nothing). The others assign
     ``phase``, ``status`` (as :attr:`PlannedPhase.status`), ``ranks``, ``replan`` (whether the phase may change the
     plan), ``what`` and the array ``command``.
 
@@ -187,8 +186,14 @@ def as_text(phases: Sequence[PlannedPhase], commands: CommandLines) -> Iterator[
     """
     result = read_result(commands.run_dir)
     line = "" if result is None else result.line(commands.run_dir)
-    yield f"run_dir={shlex.quote(str(commands.run_dir.root))} result={shlex.quote(line)}"
     ranks = num_ranks(commands.config)
+    gpus = gpus_of(commands.config)
+    of_run = {
+        "run_dir": str(commands.run_dir.root),
+        "devices": str(gpus) if gpus.names else "the CPU",
+        "result": line,
+    }
+    yield " ".join(f"{key}={shlex.quote(value)}" for key, value in of_run.items())
     for phase in phases:
         words = commands.of(phase)
         for word in words:
@@ -203,47 +208,3 @@ def as_text(phases: Sequence[PlannedPhase], commands: CommandLines) -> Iterator[
         }
         assignments = " ".join(f"{key}={shlex.quote(value)}" for key, value in fields.items())
         yield f"{assignments} command=({shlex.join(words)})"
-
-
-def num_ranks(config: Config) -> int:
-    """How many training processes to start on this machine.
-
-    Raises:
-        DeviceError: there are fewer GPUs than one copy of the model needs, or their number is no multiple of it.
-    """
-    replica, wanted = config.parallel.replica_size, config.parallel.nproc_per_node
-    gpus = gpu_count(config)
-    count = wanted or gpus or replica
-    if config.device == "cuda" and not gpus:
-        raise DeviceError(
-            "device=cuda, but no GPU is visible to torch: use device=cpu or auto, or check nvidia-smi and "
-            "CUDA_VISIBLE_DEVICES"
-        )
-    if count % replica:
-        origin = "parallel.nproc_per_node" if wanted else "the number of GPUs"
-        raise DeviceError(
-            f"{origin}={count} is not a multiple of the {replica} processes that a model replica needs (tensor x "
-            f"pipeline x context parallel sizes): set parallel.nproc_per_node={replica} or change the parallel sizes"
-        )
-    if gpus and count > gpus:
-        raise DeviceError(
-            f"training needs {count} processes, one per GPU, but {gpus} GPUs are visible: lower the parallel sizes or "
-            "use device=cpu"
-        )
-    return count
-
-
-def gpu_count(config: Config) -> int:
-    """GPUs that training would use.
-
-    Only torch knows whether it can use a GPU. It is asked only where the driver's tool sees one: its import takes
-    seconds.
-    """
-    if config.device == "cpu" or shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return 0
-    seen = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False, timeout=60)
-    if seen.returncode or b"GPU" not in seen.stdout:
-        return 0
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0

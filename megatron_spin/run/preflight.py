@@ -10,6 +10,8 @@ from megatron_spin.config import Config, Engine, at_iteration
 from megatron_spin.errors import CheckpointError, ConfigError, DataError, RunDirError
 from megatron_spin.io import read_json
 from megatron_spin.log import logger
+from megatron_spin.machine import version_of
+from megatron_spin.run.devices import check_torch, check_vllm, gpus_of, installed_vllm
 from megatron_spin.run.plan import Plan, PlannedPhase
 from megatron_spin.run.result import num_played
 from megatron_spin.spin.objective import build_objective, num_iterations
@@ -34,6 +36,7 @@ def check(plan: Plan, phases: Sequence[PlannedPhase]) -> None:
     _check_baselines(plan)
     for iteration in range(num_iterations(config)):
         build_objective(config, iteration)  # the parameters of a late iteration must not fail after days of training
+    check_torch(gpus_of(config), version_of("torch"))
     _check_model(Path(config.model.hf))
     kinds = [phase.kind for phase in todo]
     if "prepare" in kinds:
@@ -88,6 +91,9 @@ def _check_engines(config: Config, phases: Sequence[PlannedPhase]) -> None:
                 f"generation.engine={engine} needs the Python package {module}, which {sys.executable} lacks: run "
                 "`make setup`"
             )
+    installed = installed_vllm()
+    if "vllm" in engines and installed:  # without a distribution it is a checkout, which the engine asks itself
+        check_vllm(config.device, gpus_of(config), installed)
 
 
 def _check_disk(root: Path, hf: Path, models: int) -> None:

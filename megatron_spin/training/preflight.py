@@ -3,7 +3,7 @@
 from megatron_spin.config import Config
 from megatron_spin.config.training import OBJECTIVES
 from megatron_spin.parallel.check import check_config, check_version
-from megatron_spin.run.plan import gpu_count
+from megatron_spin.run.devices import gpus_of
 from megatron_spin.spin.objective import build_objective, num_iterations
 from megatron_spin.training.optimizer_settings import COMMON_FIELDS, check_optimizer
 
@@ -18,7 +18,7 @@ def check_training(config: Config, *, world_size: int) -> None:
         CheckpointError: ``model.hf`` has no readable config.json.
     """
     check_version()
-    on_gpu = gpu_count(config) > 0
+    on_gpu = len(gpus_of(config).names) > 0
     check_config(config, "cuda" if on_gpu else "cpu", world_size=world_size)
     check_optimizer(config)
     objectives = [build_objective(config, iteration) for iteration in range(num_iterations(config))]
