@@ -11,6 +11,7 @@ from setuptools import setup
 # which cannot be an extra: its own requirements bring builds of torchvision that break its imports.
 # requirements.lock has it without them.
 DEPENDENCIES = [
+    "accelerate",  # transformers needs it to leave weights on disk
     "torch>=2.6",
     "megatron-core>=0.16.1,<0.20",
     "transformers>=5.0,<6",
@@ -30,8 +31,8 @@ DEPENDENCIES = [
 EXTRAS = {
     # A cluster node. Both need Python 3.12.
     "gpu": ["vllm>=0.11; python_version >= '3.12'", "transformer-engine[pytorch]; python_version >= '3.12'"],
-    # examples/smollm2 reads a model in GGUF, which transformers does with these two.
-    "demo": ["accelerate", "gguf"],
+    # examples/smollm2 reads a model in GGUF, which transformers does with it.
+    "demo": ["gguf"],
     "dev": [
         "codespell",
         "datasets",  # writes the Parquet files that tests read

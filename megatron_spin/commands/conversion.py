@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_spin.config import Config, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, load_config
 from megatron_spin.errors import ConfigError
+from megatron_spin.processes import world_size
 from megatron_spin.run.directory import RunDir
 
 
@@ -22,16 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensor-model-parallel-size",
         type=int,
-        default=1,
         metavar="N",
-        help="with torchrun: ranks per layer (default: 1)",
+        help="with torchrun: ranks per layer (default: the config's, else 1)",
     )
     parser.add_argument(
         "--pipeline-model-parallel-size",
         type=int,
-        default=1,
         metavar="N",
-        help="with torchrun: pipeline stages (default: 1)",
+        help="with torchrun: pipeline stages (default: the config's, else 1)",
     )
     parser.add_argument(
         "--config",
@@ -72,20 +71,30 @@ def check_is_own(given: Path | None, own: Path) -> None:
 def conversion_config(arguments: argparse.Namespace, run: Run | None, *, hf_dir: Path, dtype: str) -> Config:
     """The configuration to build the model with: the run's or defaults, with ``hf_dir``, ``dtype`` and the layout.
 
+    The layout is what the arguments say; without them the run's tensor and pipeline parallel sizes, or one process.
+
     Raises:
         ConfigError: a parallel size is less than 1.
     """
-    sizes = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
-    if min(sizes) < 1:
-        raise ConfigError(f"parallel sizes {sizes[0]} and {sizes[1]} must be at least 1")
     if run is not None:
         base = run.config
     else:
         # A conversion reads no data, but every configuration names some.
         base = Config(name="conversion", model=ModelConfig(hf=str(hf_dir)), data=DataConfig(path=""))
+    tensor, pipeline = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
+    if tensor is None and pipeline is None and world_size() > 1:
+        tensor, pipeline = base.parallel.tensor_model_parallel_size, base.parallel.pipeline_model_parallel_size
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=1 if tensor is None else tensor,
+        pipeline_model_parallel_size=1 if pipeline is None else pipeline,
+        timeout=base.parallel.timeout,
+    )
+    sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if min(sizes) < 1:
+        raise ConfigError(f"parallel sizes {sizes[0]} and {sizes[1]} must be at least 1")
     return dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, hf=str(hf_dir)),
-        parallel=ParallelConfig(tensor_model_parallel_size=sizes[0], pipeline_model_parallel_size=sizes[1]),
+        parallel=parallel,
         precision=PrecisionConfig(dtype="fp32" if dtype == "fp32" else "bf16"),
     )

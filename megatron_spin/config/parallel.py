@@ -33,3 +33,8 @@ class ParallelConfig:
     def replica_size(self) -> int:
         """Processes that one copy of the model is spread over."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def weights_size(self) -> int:
+        """Processes that hold all weights once, which is what a conversion needs."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from megatron_spin.conversion.records import Export, Parity
-from megatron_spin.conversion.stream import stream_hf
+from megatron_spin.conversion.stream import HfStream
 from megatron_spin.errors import CheckpointError
 from megatron_spin.hf.assets import copy_assets, read_hf_config, set_dtype
 from megatron_spin.hf.files import write_safetensors
 from megatron_spin.hf.identity import IdentityHasher
-from megatron_spin.parallel.collectives import gather_objects, raised_everywhere
+from megatron_spin.models.family import HfConfig
+from megatron_spin.parallel.collectives import gather_objects, on_rank_zero, raised_everywhere
 from megatron_spin.parallel.dims import ParallelDims
 
 MARKER = "export.json"
@@ -50,26 +51,35 @@ def export_hf(
             it raises discards the export.
 
     Raises:
-        CheckpointError: as :func:`megatron_spin.conversion.stream.stream_hf`, or ``out_dir`` holds something that is no
+        CheckpointError: as :func:`megatron_spin.conversion.stream.HfStream`, or ``out_dir`` holds something that is no
             export.
         OSError: the disk is full (nothing is left behind) or not writable.
     """
     out_dir = Path(out_dir)
     temporary = out_dir.with_name(f".{out_dir.name}.partial")
-    with raised_everywhere(dims):
+
+    def prepare() -> HfConfig:
         hf_config = read_hf_config(assets_dir)
-        if dims.rank == 0:
-            _check_replaceable(out_dir)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+        _check_replaceable(out_dir)
+        return hf_config
+
+    stream = HfStream(model, on_rank_zero(dims, prepare), dims, dtype)
+    tensors = iter(stream)
     hasher = IdentityHasher(dtype)
     parity: Parity | None = None
-    tensors = stream_hf(model, hf_config, dims, dtype)
     try:
         with raised_everywhere(dims):
             try:
                 if dims.rank == 0:
-                    write_safetensors(_hashed(tensors, hasher), temporary, max_shard_bytes=max_shard_bytes)
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    temporary.mkdir(parents=True)
+                    write_safetensors(
+                        _hashed(tensors, hasher),
+                        temporary,
+                        shapes=stream.shapes,
+                        dtype=dtype,
+                        max_shard_bytes=max_shard_bytes,
+                    )
             finally:
                 # The other ranks only take part in the stream. If rank 0 fails to write, they still wait to send the
                 # rest.

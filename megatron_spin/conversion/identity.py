@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_spin.conversion.stream import stream_hf
+from megatron_spin.conversion.stream import HfStream
 from megatron_spin.hf.assets import read_hf_config
 from megatron_spin.hf.files import TensorFiles
 from megatron_spin.hf.identity import IdentityHasher, is_buffer
@@ -33,11 +33,11 @@ def identity(hf_dir: Path, dtype: str) -> str:
     tied = bool(hf_config.get("tie_word_embeddings", False))
     family = families().get(hf_config.get("model_type", ""))
     hasher = IdentityHasher(dtype)
-    with TensorFiles(hf_dir) as files:
-        for name in files.names:
-            is_copy = family is not None and family.is_tied_copy(name, tied=tied)
-            if not is_copy and not is_buffer(name):
-                hasher.add(name, files.read(name))
+    files = TensorFiles(hf_dir)
+    for name in files.names:
+        is_copy = family is not None and family.is_tied_copy(name, tied=tied)
+        if not is_copy and not is_buffer(name):
+            hasher.add(name, files.read(name))
     return hasher.hexdigest()
 
 
@@ -53,9 +53,9 @@ def streamed_identity(model: Sequence[torch.nn.Module], hf_config: HfConfig, dim
         64 hexadecimal digits.
 
     Raises:
-        CheckpointError: as :func:`megatron_spin.conversion.stream.stream_hf`.
+        CheckpointError: as :func:`megatron_spin.conversion.stream.HfStream`.
     """
     hasher = IdentityHasher(dtype)
-    for name, tensor in stream_hf(model, hf_config, dims, dtype):
+    for name, tensor in HfStream(model, hf_config, dims, dtype):
         hasher.add(name, tensor)
     return gather_objects(hasher.hexdigest(), dims)[0]

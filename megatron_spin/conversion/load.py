@@ -1,6 +1,5 @@
 """Hugging Face weights into a Megatron model of any layout, one parameter at a time."""
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,21 +33,20 @@ def load_hf(model: Sequence[torch.nn.Module], hf_dir: Path, dims: ParallelDims, 
         CheckpointError: a tensor is missing, has no place in the model or has another shape; a parameter has no rule; a
             file is corrupted.
     """
-    with contextlib.ExitStack() as stack:
-        with raised_everywhere(dims):
-            files = stack.enter_context(TensorFiles(hf_dir))
-            hf_config = read_hf_config(hf_dir)
-            family = family_of(hf_config)
-            geometry = family.geometry(hf_config)
-            mapped = mapped_parameters(model, family=family, geometry=geometry, dims=dims)
-            for item in mapped:
-                _check_tensors(item, files, geometry=geometry, tp_size=dims.tp_size)
-        own = {name for item in mapped for name in item.hf_names}
-        used = set().union(*gather_objects(own, dims))
-        with raised_everywhere(dims):
-            _check_all_used(files, used, family=family, tied=geometry.tied)
-            for item in mapped:
-                _fill(item, files, geometry=geometry, dims=dims, through=through)
+    with raised_everywhere(dims):
+        files = TensorFiles(hf_dir)
+        hf_config = read_hf_config(hf_dir)
+        family = family_of(hf_config)
+        geometry = family.geometry(hf_config)
+        mapped = mapped_parameters(model, family=family, geometry=geometry, dims=dims)
+        for item in mapped:
+            _check_tensors(item, files, geometry=geometry, tp_size=dims.tp_size)
+    own = {name for item in mapped for name in item.hf_names}
+    used = set().union(*gather_objects(own, dims))
+    with raised_everywhere(dims):
+        _check_all_used(files, used, family=family, tied=geometry.tied)
+        for item in mapped:
+            _fill(item, files, geometry=geometry, dims=dims, through=through)
 
 
 def _check_tensors(item: Mapped, files: TensorFiles, *, geometry: Geometry, tp_size: int) -> None:

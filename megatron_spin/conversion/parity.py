@@ -15,7 +15,7 @@ from megatron_spin.conversion.records import Parity
 from megatron_spin.data.batcher import Batcher, Example
 from megatron_spin.errors import CheckpointError, GateError
 from megatron_spin.hf.logps import TokenIds, hf_token_logps
-from megatron_spin.hf.model import load_model
+from megatron_spin.hf.model import streamed_model
 from megatron_spin.io import atomic_writer
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.pipeline import collect_token_logps, run_schedule
@@ -151,24 +151,26 @@ def parity_sample(
     return ParitySample(input_ids.cpu(), response_mask.cpu(), logps.cpu())
 
 
-def check_parity(
-    hf_dir: Path, sample: ParitySample, *, dtype: str, bound: Bound, device: torch.device, batch_size: int = 4
-) -> Parity:
+def check_parity(hf_dir: Path, sample: ParitySample, *, dtype: str, bound: Bound, device: torch.device) -> Parity:
     """Compares ``sample`` with the transformers model in ``hf_dir``, run in ``dtype``.
 
     If bf16 differs by more than ``bound``, rounding may move this model that much. transformers in fp32 then decides:
     the sample may be :data:`NOISE` times as far from it as transformers in bf16 is.
 
+    Its weights are read layer by layer, once for all sequences, so that a model of any size can be compared while the
+    Megatron model is in memory.
+
     Raises:
         GateError: they differ by more than that; the message names the largest difference and where it is.
         CheckpointError: transformers cannot load ``hf_dir``.
+        DeviceError: ``device`` cannot hold even one layer.
     """
     sequences = sample.sequences()
     expected = sample.token_logps[sample.response_mask.bool()]
 
     def logps(dtype: str) -> torch.Tensor:
-        model = load_model(hf_dir, dtype=dtype, device=device)
-        return torch.cat(hf_token_logps(model, sequences, batch_size=batch_size, device=device))
+        with streamed_model(hf_dir, dtype=dtype, device=device) as model:
+            return torch.cat(hf_token_logps(model, sequences, batch_size=len(sequences), device=device))
 
     found = logps(dtype)
     differences = _differences(found, expected)

@@ -63,10 +63,10 @@ def has_identity(hf_dir: Path, dtype: str, identity: str) -> bool:
         CheckpointError: the directory has no readable safetensors.
     """
     hasher = IdentityHasher(dtype)
-    with TensorFiles(hf_dir) as files:
-        for name in files.names:
-            if not is_buffer(name):
-                hasher.add(name, files.read(name))
+    files = TensorFiles(hf_dir)
+    for name in files.names:
+        if not is_buffer(name):
+            hasher.add(name, files.read(name))
     if hasher.hexdigest() == identity:
         return True
     tied = bool(read_hf_config(hf_dir).get("tie_word_embeddings", False))

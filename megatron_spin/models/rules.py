@@ -128,7 +128,7 @@ class RowParallel(Rule):
         return tensors[0].chunk(tp_size, dim=1)[tp_rank]
 
     def merge(self, shards: Sequence[Tensor], *, geometry: Geometry) -> list[Tensor]:
-        return [torch.cat(list(shards), dim=1)]
+        return [_whole(shards, dim=1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +146,11 @@ class VocabParallel(Rule):
         self, tensors: Sequence[Tensor], *, tp_rank: int, tp_size: int, local: Shape, geometry: Geometry
     ) -> Tensor:
         rows = tensors[0][tp_rank * local[0] : (tp_rank + 1) * local[0]]
-        padding = rows.new_zeros((local[0] - rows.shape[0], *rows.shape[1:]))
-        return torch.cat([rows, padding], dim=0)
+        missing = local[0] - rows.shape[0]
+        return torch.cat([rows, rows.new_zeros((missing, *rows.shape[1:]))]) if missing else rows
 
     def merge(self, shards: Sequence[Tensor], *, geometry: Geometry) -> list[Tensor]:
-        return [torch.cat(list(shards), dim=0)[: geometry.vocab_size]]
+        return [_whole(shards, dim=0)[: geometry.vocab_size]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,7 @@ class QueryKeyValue(Rule):
         return interleaved[tp_rank * local[0] : (tp_rank + 1) * local[0]]
 
     def merge(self, shards: Sequence[Tensor], *, geometry: Geometry) -> list[Tensor]:
-        interleaved = torch.cat(list(shards), dim=0)
+        interleaved = _whole(shards, dim=0)
         groups = interleaved.reshape(geometry.num_query_groups, -1, *interleaved.shape[1:])
         queries = geometry.num_attention_heads // geometry.num_query_groups * geometry.head_dim
         return [part.flatten(0, 1) for part in groups.split([queries, geometry.head_dim, geometry.head_dim], dim=1)]
@@ -195,4 +195,9 @@ class GateUp(Rule):
 
     def merge(self, shards: Sequence[Tensor], *, geometry: Geometry) -> list[Tensor]:
         gates, ups = zip(*(shard.chunk(2, dim=0) for shard in shards), strict=True)
-        return [torch.cat(gates, dim=0), torch.cat(ups, dim=0)]
+        return [_whole(gates, dim=0), _whole(ups, dim=0)]
+
+
+def _whole(shards: Sequence[Tensor], *, dim: int) -> Tensor:
+    """The shards one behind the other; a single one itself, since the copy of an embedding is large."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)

@@ -186,7 +186,8 @@ def as_text(phases: Sequence[PlannedPhase], commands: CommandLines) -> Iterator[
     """
     result = read_result(commands.run_dir)
     line = "" if result is None else result.line(commands.run_dir)
-    ranks = num_ranks(commands.config)
+    ranks = {"train": num_ranks(commands.config)}
+    ranks["import"] = ranks["export"] = commands.config.parallel.weights_size
     gpus = gpus_of(commands.config)
     of_run = {
         "run_dir": str(commands.run_dir.root),
@@ -202,7 +203,7 @@ def as_text(phases: Sequence[PlannedPhase], commands: CommandLines) -> Iterator[
         fields = {
             "phase": phase.name,
             "status": phase.status,
-            "ranks": str(ranks if phase.kind == "train" else 1),
+            "ranks": str(ranks.get(phase.kind, 1)),
             "replan": "true" if phase.kind == "guard" else "false",
             "what": phase.what,
         }

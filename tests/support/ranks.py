@@ -101,12 +101,12 @@ def gradients(trainer: Any, hf: Path) -> dict[str, np.ndarray]:
 
 def weights(trainer: Any, hf: Path) -> dict[str, np.ndarray]:
     """The weights under their Hugging Face names, on rank 0 (empty elsewhere)."""
-    from megatron_spin.conversion.stream import stream_hf
+    from megatron_spin.conversion.stream import HfStream
     from megatron_spin.hf.assets import read_hf_config
 
     return {
         name: tensor.numpy().copy()
-        for name, tensor in stream_hf(trainer.model, read_hf_config(hf), trainer.dims, "fp32")
+        for name, tensor in HfStream(trainer.model, read_hf_config(hf), trainer.dims, "fp32")
     }
 
 

@@ -26,7 +26,14 @@ def write(
 ) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": tied}))
-    write_safetensors(tensors.items(), directory, max_shard_bytes=max_shard_bytes)
+    [dtype] = {tensor.dtype for tensor in tensors.values()}
+    write_safetensors(
+        tensors.items(),
+        directory,
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        dtype="bf16" if dtype == torch.bfloat16 else "fp32",
+        max_shard_bytes=max_shard_bytes,
+    )
     return directory
 
 

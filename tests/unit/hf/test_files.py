@@ -15,8 +15,8 @@ def test_files_that_are_missing_or_truncated_name_themselves(tmp_path: Path) -> 
         TensorFiles(tmp_path)
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.arange(100.0)}, path)
-    with TensorFiles(tmp_path) as files:
-        assert (files.names, files.shape("a"), files.dtype("a")) == (["a"], (100,), torch.float32)
+    files = TensorFiles(tmp_path)
+    assert (files.names, files.shape("a"), files.dtype("a")) == (["a"], (100,), torch.float32)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is corrupted or truncated"):
         TensorFiles(tmp_path)
@@ -28,5 +28,6 @@ def test_files_that_are_missing_or_truncated_name_themselves(tmp_path: Path) -> 
 
 def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    with TensorFiles(tmp_path) as files, pytest.raises(CheckpointError, match=r"tensor a .* is not floating point"):
+    files = TensorFiles(tmp_path)
+    with pytest.raises(CheckpointError, match=r"tensor a .* is not floating point"):
         files.read("a")
