@@ -102,7 +102,7 @@ def test_commands(raw: dict[str, Any], tmp_path: Path) -> None:
     assert exported[exported.index("--checkpoint") + 1] == f"{run}/iteration_0/checkpoints"
     assert exported[exported.index("--hf") + 1] == f"{run}/iteration_0/hf"
     ranks = {assigned(line, "phase")[0]: assigned(line, "ranks")[0] for line in text(planned.values(), lines)}
-    assert (ranks["train:1"], ranks["generate:1"]) == ("4", "1")
+    assert (ranks["train:1"], ranks["generate:1"], ranks["import"], ranks["export:1"]) == ("4", "1", "4", "4")
 
 
 def text(phases: Iterable[PlannedPhase], lines: CommandLines) -> list[str]:
