@@ -60,22 +60,21 @@ def prepare(config: Config) -> Prepared:
     # All models answer held-out prompts under one cap, so the real answers to them are cut there in every iteration.
     held_out_limits = dataclasses.replace(limits, answer=config.held_out_cap)
 
-    def tokenized(path: str, limits: Limits, rejected: Rejected = "ignored") -> Tokenized:
+    def tokenized(path: str, limits: set[Limits], rejected: Rejected = "ignored") -> dict[Limits, Tokenized]:
         return tokenize(Path(path), tokenizer, limits, template=config.data.template, rejected=rejected)
 
     takes_preferences = _takes_preferences(config)
     given: Rejected = "needed" if takes_preferences else "ignored"
-    source = tokenized(config.data.path, limits, given)
     if evaluation.path is not None:
+        source = tokenized(config.data.path, {limits}, given)[limits]
         rows = source.rows
-        held_out = tokenized(evaluation.path, held_out_limits, "taken" if takes_preferences else "ignored")
+        taken: Rejected = "taken" if takes_preferences else "ignored"
+        held_out = tokenized(evaluation.path, {held_out_limits}, taken)[held_out_limits]
         held_out_rows = held_out.rows
     else:
+        by_limits = tokenized(config.data.path, {limits, held_out_limits}, given)
+        source, held_out = by_limits[limits], by_limits[held_out_limits]
         rows, left_out = split(source.rows, evaluation.held_out_fraction, config.data.seed)
-        held_out = source
-        # Under other limits the same rows are tokenized once more: their answers are cut elsewhere.
-        if held_out_limits != limits:
-            held_out = tokenized(config.data.path, held_out_limits, given)
         indices = {row.index for row in left_out}
         held_out_rows = [row for row in held_out.rows if row.index in indices]
     train = draw(rows, config.data.num_prompts, config.data.seed)
@@ -84,7 +83,7 @@ def prepare(config: Config) -> Prepared:
 
     likelihood = {}
     for name, path in evaluation.likelihood.items():
-        usable = tokenized(path, held_out_limits).rows
+        usable = tokenized(path, {held_out_limits})[held_out_limits].rows
         if not usable:
             raise DataError(
                 f"evaluation.likelihood.{name}={path} has no usable row: check the data, or leave the file out"

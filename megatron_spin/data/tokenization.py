@@ -2,17 +2,19 @@
 
 import collections
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_spin.config import Config
-from megatron_spin.data.reading import DroppedRow, Rejected, SourceRow, read_source_rows
+from megatron_spin.data.reading import DroppedRow, Rejected, SourceRows, read_source_rows
 from megatron_spin.data.rows import Row
 from megatron_spin.data.templates import (
     Template,
     answer_ids,
     end_token_id,
     ends_inside,
+    in_parallel,
     load_tokenizer,
     prompt_ids,
 )
@@ -23,6 +25,8 @@ from megatron_spin.log import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ROWS_PER_BATCH = 4096
+"""Rows that are tokenized at once: enough work for each of the tokenizer's threads, a few megabytes of text."""
 DROPPED = {
     "empty_prompt": "prompt is empty",
     "empty_answer": "answer is empty",
@@ -135,62 +139,79 @@ def _check_end_token(hf: Path, model: dict[str, Any], tokenizer: "PreTrainedToke
 def tokenize(
     path: Path,
     tokenizer: "PreTrainedTokenizerBase",
-    limits: Limits,
+    limits: Iterable[Limits],
     *,
     template: Template,
     rejected: Rejected = "ignored",
-) -> Tokenized:
-    """The usable rows of the file ``path``; for ``rejected`` see :func:`read_source_rows`.
+) -> dict[Limits, Tokenized]:
+    """The usable rows of the file ``path`` under each of ``limits``; for ``rejected`` see :func:`read_source_rows`.
 
     Raises:
         DataError: the file cannot be read, or the tokenizer has tokens that the model does not know.
     """
     source = read_source_rows(path, rejected=rejected)
-    dropped = collections.Counter(source.dropped)
-    rows: list[Row] = []
-    rejected_rows: dict[int, Row] = {}
-    rules = _RowRules(path, tokenizer, limits, template)
-    with Progress(f"tokenize {path.name}", total=len(source.rows), unit="row") as bar:
-        for item in source.rows:
-            bar.update()
-            try:
-                row = rules.row(item, item.answer)
-                # Both answers or neither: a preference with one usable answer is no pair.
-                if rejected != "ignored" and item.rejected is not None:
-                    rejected_rows[item.index] = rules.row(item, item.rejected)
-            except DroppedRow as dropped_row:
-                dropped[dropped_row.reason] += 1
-            else:
-                rows.append(row)
-    counts = {
-        "read": source.read,
-        "format": source.format,
-        "dropped": {reason: dropped[reason] for reason in DROPPED if dropped[reason]},
-        "capped": sum(row.real_truncated for row in rows),
-        "duplicates": len(rows) - len({tuple(row.prompt_ids) for row in rows}),
-    }
-    return Tokenized(rows, rejected_rows, counts)
+    builders = {each: _Builder(path, tokenizer, each, collections.Counter(source.dropped)) for each in limits}
+    end_of_answers = {each.end for each in builders}
+    assert len(end_of_answers) == 1, "answers are tokenized once, with one end token"
+    [end] = end_of_answers
+    with in_parallel(), Progress(f"tokenize {path.name}", total=len(source.rows), unit="row") as bar:
+        for start in range(0, len(source.rows), ROWS_PER_BATCH):
+            batch = source.rows[start : start + ROWS_PER_BATCH]
+            prompts = prompt_ids(tokenizer, template, [(row.prompt, row.system) for row in batch])
+            answers = answer_ids(tokenizer, [row.answer for row in batch], end)
+            others: list[list[int] | None] = [None] * len(batch)
+            if rejected != "ignored":
+                places = [place for place, row in enumerate(batch) if row.rejected is not None]
+                texts = [batch[place].rejected or "" for place in places]
+                for place, ids in zip(places, answer_ids(tokenizer, texts, end), strict=True):
+                    others[place] = ids
+            for builder in builders.values():
+                for row, prompt, answer, other in zip(batch, prompts, answers, others, strict=True):
+                    builder.add(row.index, prompt, answer, other)
+            bar.update(len(batch))
+    return {each: builder.tokenized(source) for each, builder in builders.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class _RowRules:
-    """Turns rows of one file into token ids."""
+@dataclasses.dataclass
+class _Builder:
+    """Collects the usable rows of one file under one set of limits."""
 
     path: Path
     tokenizer: "PreTrainedTokenizerBase"
     limits: Limits
-    template: Template
+    dropped: collections.Counter[str]
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    rejected: dict[int, Row] = dataclasses.field(default_factory=dict)
 
-    def row(self, source: SourceRow, text: str) -> Row:
-        """The prompt of ``source`` with the answer ``text``.
+    def add(self, index: int, prompt: list[int], answer: list[int], rejected: list[int] | None) -> None:
+        """Takes the row ``index`` of the file, or counts why it is dropped."""
+        try:
+            row = self._row(index, prompt, answer)
+            # Both answers or neither: a preference with one usable answer is no pair.
+            if rejected is not None:
+                self.rejected[index] = self._row(index, prompt, rejected)
+        except DroppedRow as dropped_row:
+            self.dropped[dropped_row.reason] += 1
+        else:
+            self.rows.append(row)
 
+    def tokenized(self, source: SourceRows) -> Tokenized:
+        counts = {
+            "read": source.read,
+            "format": source.format,
+            "dropped": {reason: self.dropped[reason] for reason in DROPPED if self.dropped[reason]},
+            "capped": sum(row.real_truncated for row in self.rows),
+            "duplicates": len(self.rows) - len({tuple(row.prompt_ids) for row in self.rows}),
+        }
+        return Tokenized(self.rows, self.rejected, counts)
+
+    def _row(self, index: int, prompt: list[int], answer: list[int]) -> Row:
+        """
         Raises:
-            DroppedRow: it is empty or exceeds a limit, or the end token does not end it.
-            DataError: the model does not know one of its tokens, or the template does not fit.
+            DroppedRow: the prompt or the answer is empty or exceeds a limit, or the end token does not end it.
+            DataError: the model does not know one of the tokens.
         """
         limits = self.limits
-        prompt = prompt_ids(self.tokenizer, self.template, source.prompt, source.system)
-        answer = answer_ids(self.tokenizer, text, limits.end)
         # The order decides under which reason a row is counted.
         if len(prompt) > limits.prompt:
             raise DroppedRow("long_prompt")
@@ -206,10 +227,10 @@ class _RowRules:
         if highest >= limits.vocabulary:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise DataError(
-                f"{self.path} row {source.index}: token id {highest} ({token!r}) is not below the model's "
+                f"{self.path} row {index}: token id {highest} ({token!r}) is not below the model's "
                 f"vocab_size={limits.vocabulary}: the tokenizer has tokens that the model does not know; resize the "
                 "model or use its own tokenizer"
             )
         # A cut answer loses its end token, as a generated one that reaches its cap has none.
         cap = min(limits.answer, limits.total - len(prompt))
-        return Row(source.index, prompt, answer[:cap], real_truncated=len(answer) > cap)
+        return Row(index, prompt, answer[:cap], real_truncated=len(answer) > cap)

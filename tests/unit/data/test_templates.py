@@ -6,15 +6,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from megatron_spin.data.templates import (
-    answer_ids,
-    decode,
-    end_token_id,
-    ends_inside,
-    load_tokenizer,
-    prompt_ids,
-    tokenizer_sha,
-)
+from megatron_spin.data import templates
+from megatron_spin.data.templates import Template, decode, end_token_id, ends_inside, load_tokenizer, tokenizer_sha
 from megatron_spin.errors import CheckpointError, DataError
 from tests.support.tiny import BOS, END_OF_TURN, EOS, SPECIAL, tiny_tokenizer
 
@@ -26,6 +19,18 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer(path)
     return path
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerFast, template: Template, prompt: str, system: str | None = None
+) -> list[int]:
+    [found] = templates.prompt_ids(tokenizer, template, [(prompt, system)])
+    return found
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerFast, answer: str, end: int) -> list[int]:
+    [found] = templates.answer_ids(tokenizer, [answer], end)
+    return found
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
