@@ -80,7 +80,7 @@ def machine_name() -> str:
     """Accelerator if there is one, CPU model, number of cores and memory."""
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    host = f"{cores} cores of {_cpu_model()}, {memory:.0f} GiB"
+    host = f"{cores} cores of {cpu_model()}, {memory:.0f} GiB"
     gpu = _gpu_name()
     return f"{gpu} ({host})" if gpu else host
 
@@ -113,8 +113,8 @@ def peak_memory() -> float:
     return largest * unit / 2**30
 
 
-def _cpu_model() -> str:
-    """With family and model: CPUs of one name may be of several kinds, which round differently."""
+def cpu_model() -> str:
+    """Name of the CPU, with family and model: CPUs of one name may be of several kinds, which round differently."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

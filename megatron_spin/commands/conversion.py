@@ -8,6 +8,7 @@ from megatron_spin.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_spin.errors import ConfigError
 from megatron_spin.processes import world_size
 from megatron_spin.run.directory import RunDir
+from megatron_spin.run.resume import as_started
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def conversion_config(arguments: argparse.Namespace, run: Run | None, *, hf_dir:
         ConfigError: a parallel size is less than 1.
     """
     if run is not None:
-        base = run.config
+        base = as_started(run.run_dir, run.config)
     else:
         # A conversion reads no data, but every configuration names some.
         base = Config(name="conversion", model=ModelConfig(hf=str(hf_dir)), data=DataConfig(path=""))

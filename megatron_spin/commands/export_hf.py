@@ -77,7 +77,9 @@ def _start(arguments: argparse.Namespace, run: conversion.Run | None, target: Ta
         dtype = run.config.precision.export_dtype if run is not None else stored_dtype(read_hf_config(assets))
     compute_dtype = run.config.precision.dtype if run is not None else dtype
     config = conversion.conversion_config(arguments, run, hf_dir=assets, dtype=compute_dtype)
-    choose_device(config.device)  # before Megatron is imported, by the next line
+    choose_device(
+        config.device, deterministic=config.training.deterministic
+    )  # before Megatron is imported, by the next line
     from megatron_spin.phases.export_model import ExportModel
 
     return ExportModel(config, checkpoint, hf, dtype=dtype)

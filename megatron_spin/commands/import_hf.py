@@ -59,7 +59,9 @@ def _start(arguments: argparse.Namespace, run: conversion.Run | None) -> Phase:
     if dtype is None:
         dtype = run.config.precision.dtype if run is not None else stored_dtype(read_hf_config(hf))
     config = conversion.conversion_config(arguments, run, hf_dir=hf, dtype=dtype)
-    choose_device(config.device)  # before Megatron is imported, by the next line
+    choose_device(
+        config.device, deterministic=config.training.deterministic
+    )  # before Megatron is imported, by the next line
     from megatron_spin.phases.import_model import ImportModel
 
     return ImportModel(config, checkpoint)

@@ -21,7 +21,9 @@ def main() -> None:
     def start() -> Phase:
         from megatron_spin.parallel.setup import choose_device
 
-        choose_device(config.device)  # before Megatron is imported, by the next line
+        choose_device(
+            config.device, deterministic=config.training.deterministic
+        )  # before Megatron is imported, by the next line
         from megatron_spin.phases.train import Train
 
         return Train(config, run_dir, target)

@@ -58,6 +58,7 @@ USES = (
     Use("training.micro_batch_size"),
     Use("training.checkpoint_every"),
     Use("training.keep_checkpoints"),
+    Use("training.deterministic"),
     # More or fewer iterations leave those that exist as they are.
     Use("spin.iterations"),
     # The guard phase keeps the settings of its verdicts, and judges again if they changed.

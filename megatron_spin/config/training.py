@@ -42,6 +42,12 @@ class TrainingConfig:
     """How many of the newest checkpoints of an iteration stay on disk."""
     seed: int = 0
     """Seed of the order of pairs."""
+    deterministic: bool = False
+    """On a GPU, take only kernels whose results do not depend on the order in which threads run, which is slower.
+
+    Then a run that continues ends with the same bits as an undisturbed one, in the same layout and on the same type of
+    GPU. On a CPU it always does.
+    """
     optimizer: Annotated[dict[str, Any], MergedOver(DEFAULT_OPTIMIZER)] = dataclasses.field(
         default_factory=lambda: dict(DEFAULT_OPTIMIZER)
     )

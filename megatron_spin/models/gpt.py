@@ -36,6 +36,7 @@ OWNED = {
     "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
     "context_parallel_size": "parallel.context_parallel_size",
     "sequence_parallel": "parallel.sequence_parallel",
+    "deterministic_mode": "training.deterministic",
 }
 """Fields of TransformerConfig that another config key sets, and that key: two places could contradict each other."""
 DEPENDS = "training and scoring depend on its value"
@@ -80,6 +81,7 @@ def transformer_config(hf_config: HfConfig, config: Config, dims: ParallelDims) 
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": fusion == "all",
         "persist_layer_norm": fused,
+        "deterministic_mode": config.training.deterministic and not on_cpu,
         "use_cpu_initialization": on_cpu,
         "perform_initialization": False,  # the weights are loaded
         "calculate_per_token_loss": True,

@@ -15,9 +15,19 @@ from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.kernels import refuse_wrong_apex
 from megatron_spin.processes import Ranks
 
+DETERMINISTIC = {
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # Transformer Engine's attention: no atomic additions backward
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS: one workspace per stream
+    "NCCL_ALGO": "Ring",  # NCCL: sums in the same order every time
+}
+"""Environment that Megatron-LM asks for in its deterministic mode, read when CUDA, cuBLAS and NCCL start."""
 
-def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
+
+def choose_device(device: Literal["auto", "cpu", "cuda"], *, deterministic: bool = False) -> torch.device:
     """The device of this process, made ready for Megatron; call it before anything imports ``megatron.core``.
+
+    Args:
+        deterministic: on a GPU, only kernels whose results do not depend on the order in which threads run.
 
     Raises:
         DeviceError: ``cuda`` was asked for and is not there, or there are fewer GPUs than local ranks.
@@ -38,7 +48,17 @@ def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     compute_in_fp32()
+    if deterministic:
+        compute_deterministically()
     return torch.device("cuda", local_rank)
+
+
+def compute_deterministically() -> None:
+    """Makes this process take deterministic kernels only, before CUDA starts."""
+    os.environ.update(DETERMINISTIC)
+    torch.use_deterministic_algorithms(True)
+    # It is for finding defects, and writes all memory once more.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def compute_in_fp32() -> None:

@@ -39,7 +39,7 @@ class ExportModel:
 
     def check(self) -> None:
         """Raises DeviceError, ConfigError, CheckpointError: device, layout or config.json are not as needed."""
-        self._device = choose_device(self.config.device)
+        self._device = choose_device(self.config.device, deterministic=self.config.training.deterministic)
         check_config(self.config, self._device.type, world_size=world_size())
 
     def run(self) -> dict[str, Any]:

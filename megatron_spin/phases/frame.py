@@ -70,4 +70,4 @@ def _meet(config: Config) -> Ranks:
         return Ranks(rank=0, world_size=1)
     from megatron_spin.parallel.setup import choose_device, join
 
-    return join(config.parallel, choose_device(config.device))
+    return join(config.parallel, choose_device(config.device, deterministic=config.training.deterministic))

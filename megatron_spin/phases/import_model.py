@@ -18,7 +18,9 @@ from megatron_spin.parallel.collectives import gather_objects, raised_everywhere
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.layout import alignment
 from megatron_spin.parallel.setup import choose_device, initialize
+from megatron_spin.parallel.stack import resolve_stack
 from megatron_spin.processes import world_size
+from megatron_spin.run.resume import STACK
 from megatron_spin.training.checkpoint import latest_step, save_checkpoint
 
 
@@ -31,7 +33,7 @@ class ImportModel:
 
     def check(self) -> None:
         """Raises DeviceError, ConfigError, CheckpointError: device, layout or config.json are not as needed."""
-        self._device = choose_device(self.config.device)
+        self._device = choose_device(self.config.device, deterministic=self.config.training.deterministic)
         check_config(self.config, self._device.type, world_size=world_size())
 
     def run(self) -> dict[str, Any]:
@@ -39,7 +41,8 @@ class ImportModel:
         dims = initialize(self.config.parallel, self._device)
         result = import_model(self.config, self.checkpoint, dims=dims)
         logger.info(f"import: {self.config.model.hf} -> {self.checkpoint}, {result}")
-        return {"identity": result.identity, "dtype": result.dtype, **dataclasses.asdict(result.parity)}
+        details = {"identity": result.identity, "dtype": result.dtype, **dataclasses.asdict(result.parity)}
+        return {**details, STACK: resolve_stack(self.config, self._device).as_record()}
 
 
 def import_model(config: Config, checkpoint: Path, *, dims: ParallelDims) -> Converted:

@@ -24,11 +24,13 @@ from megatron_spin.parallel.check import check_config
 from megatron_spin.parallel.collectives import on_rank_zero
 from megatron_spin.parallel.kernels import announce, layer_spec
 from megatron_spin.parallel.layout import alignment
-from megatron_spin.parallel.setup import choose_device, initialize
+from megatron_spin.parallel.setup import choose_device, initialize, join
+from megatron_spin.parallel.stack import Stack, resolve_stack, stack_changes
 from megatron_spin.phases.opponent import check_made_for, read_opponent
 from megatron_spin.processes import rank, world_size
 from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.run.result import num_played
+from megatron_spin.run.resume import STACK, as_started
 from megatron_spin.spin.gate import first_loss
 from megatron_spin.spin.objective import (
     AnswerLogps,
@@ -74,7 +76,9 @@ class Train:
 
     def check(self) -> None:
         """Checks settings and layout, and reads what is trained on. Raises as :func:`read_inputs`."""
-        self._device = choose_device(self.config.device)
+        self._device = choose_device(self.config.device, deterministic=self.config.training.deterministic)
+        ranks = join(self.config.parallel, self._device)
+        self.config = on_rank_zero(ranks, lambda: as_started(self.run_dir, self.config))
         check_config(self.config, self._device.type, world_size=world_size())
         optimizer_config(self.config, learning_rate=1.0)
         self._inputs = read_inputs(self.config, self.run_dir, self.target)
@@ -84,6 +88,7 @@ class Train:
         """Trains. Raises as :func:`train`."""
         train(self.config, self.run_dir, self.target, self._inputs, self._device)
         details: dict[str, Any] = {"steps": self._inputs.plan.total, "examples": len(self._inputs.examples)}
+        details[STACK] = resolve_stack(self.config, self._device).as_record()
         if self.target.baseline is not None:
             # So that preflight can tell whether a baseline's step count is stale.
             details["iterations"] = num_played(self.config, self.run_dir)
@@ -192,6 +197,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
     """
     dims = initialize(config.parallel, device)
     logger.info(announce(dims, config))
+    stack = on_rank_zero(dims, lambda: resolve_stack(config, device))
     policy = build_policy(
         config,
         inputs.examples,
@@ -214,7 +220,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
     reference = None
     # A training that only lacks what follows its last step needs no scores.
     if inputs.objective.needs_reference and done < inputs.plan.total:
-        reference, is_opponent_loaded = _reference(config, run_dir, target, inputs, policy, fresh=not done)
+        reference, is_opponent_loaded = _reference(config, run_dir, target, inputs, policy, stack=stack, fresh=not done)
         if is_opponent_loaded and not done:
             _load_start(config, policy, source, first=first)
     gate = None
@@ -231,6 +237,9 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
         loaded = load_checkpoint(target.checkpoints, policy.model, dims=dims, optimizer=policy.optimizer)
         _check_same_training(target, state, loaded)
         logger.info(f"resumed from step {done} of {inputs.plan.total}")
+        changed = stack_changes(loaded.get(STACK, stack.as_record()), stack)
+        if changed:
+            logger.info(f"other rounding than before step {done}, since these changed: {', '.join(changed)}")
     else:
         assets = target.checkpoints / CHECKPOINT_ASSETS
         on_rank_zero(dims, lambda: copy_assets(source / CHECKPOINT_ASSETS, assets))
@@ -251,7 +260,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
             done=done,
             every=config.training.checkpoint_every,
             keep=config.training.keep_checkpoints,
-            state=state,
+            state={**state, STACK: stack.as_record()},
             gate=gate,
         )
     _write_probe(target, policy)
@@ -296,11 +305,13 @@ def _reference(
     inputs: Inputs,
     policy: Policy,
     *,
+    stack: Stack,
     fresh: bool,
 ) -> tuple[np.ndarray, bool]:
     """The opponent's scores, from the cache or computed now.
 
     Args:
+        stack: what the policy computes with.
         fresh: the policy holds the weights that the iteration starts from.
 
     Returns:
@@ -309,7 +320,7 @@ def _reference(
     key = {"opponent": inputs.opponent, "pairs": inputs.pairs, "numerics": _numerics(config, policy)}
     # Which prompts share a microbatch, and so its padding, depends on the global batch, too.
     cut = [policy.global_batch_size, config.training.micro_batch_size, alignment(config)]
-    cache = ScoreCache(target.pairs, inputs.objective.answers, key, cut)
+    cache = ScoreCache(target.pairs, inputs.objective.answers, key, cut, stack.as_record())
     scores = cache.load(policy.dims, any_cut=not fresh)
     if scores is not None:
         logger.info(f"opponent scores of {len(scores)} pairs from {cache.file}")
@@ -333,7 +344,6 @@ def _numerics(config: Config, policy: Policy) -> dict[str, Any]:
     dims = policy.dims
     return {
         "dtype": config.precision.dtype,
-        "fp8": config.precision.fp8,
         "layer_spec": layer_spec(config, dims.device.type),
         "device": dims.device.type,
         "layout": [dims.tp_size, dims.pp_size, config.parallel.sequence_parallel],

@@ -1,5 +1,6 @@
 """Whether a run may be continued with a configuration: what was made so far, and what contradicts it."""
 
+import dataclasses
 import datetime
 import json
 from pathlib import Path
@@ -40,6 +41,22 @@ def check_resume(run_dir: "RunDir", config: Config) -> list[Change]:
             f"another --run-dir ({'; '.join(refused.values())})"
         )
     return found
+
+
+STACK = "stack"
+"""Detail of a phase's record: device, kernels and versions that it ran with."""
+
+
+def as_started(run_dir: "RunDir", config: Config) -> Config:
+    """``config`` with the layer spec that the run started with in place of ``auto``.
+
+    Checkpoints of one layer spec need not fit another, and Transformer Engine may have been installed in between.
+    """
+    imported = run_dir.record("import")
+    if config.layer_spec != "auto" or config.model.provider is not None or imported is None:
+        return config
+    spec = imported.details.get(STACK, {}).get("layer_spec", "auto")
+    return dataclasses.replace(config, layer_spec=spec)
 
 
 def record_changes(run_dir: "RunDir", found: list[Change]) -> None:

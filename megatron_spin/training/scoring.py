@@ -73,6 +73,8 @@ class ScoreCache:
     key: dict[str, Any]
     cut: list[int]
     """What decides which answers share a microbatch, and so the rounding of their scores."""
+    stack: dict[str, Any]
+    """Device, kernels and versions, on which the rounding depends as well."""
 
     @property
     def file(self) -> Path:
@@ -86,8 +88,8 @@ class ScoreCache:
         """The scores, [N, r] fp32, or None if there are none for this key; a collective.
 
         Args:
-            any_cut: scores of another cut will do. A training that continues keeps those that its steps so far used.
-                One that begins is checked against them, within a noise that this cut alone decides.
+            any_cut: scores of another cut or stack will do. A training that continues keeps those that its steps so
+                far used. One that begins is checked against them, within a noise that this cut on this stack decides.
 
         Raises:
             GateError: the file is not the one that its manifest describes.
@@ -100,7 +102,7 @@ class ScoreCache:
         manifest = read_json(self.manifest)
         if manifest["key"] != self.key:
             return None
-        if not any_cut and manifest.get("cut") != self.cut:
+        if not any_cut and (manifest.get("cut"), manifest.get("stack")) != (self.cut, self.stack):
             return None
         if not self.file.exists() or sha256(self.file) != manifest["sha256"]:
             raise GateError(
@@ -123,7 +125,8 @@ class ScoreCache:
         with atomic_writer(self.file, "wb") as file:
             file.write(safetensors.numpy.save(tensors))
         digest = sha256(self.file)
-        write_json(self.manifest, {"key": self.key, "cut": self.cut, "sha256": digest, "num_pairs": len(scores)})
+        made_with = {"key": self.key, "cut": self.cut, "stack": self.stack}
+        write_json(self.manifest, {**made_with, "sha256": digest, "num_pairs": len(scores)})
 
 
 @dataclasses.dataclass(frozen=True)

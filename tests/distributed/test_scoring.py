@@ -86,7 +86,7 @@ def cached(directories: list[Path], scores: np.ndarray | None, *, cut: int, any_
     from megatron_spin.processes import Ranks, rank, world_size
     from megatron_spin.training.scoring import ScoreCache
 
-    cache = ScoreCache(directories[rank()], ("real", "generated"), {"opponent": "o"}, [8, cut, 8])
+    cache = ScoreCache(directories[rank()], ("real", "generated"), {"opponent": "o"}, [8, cut, 8], {"device": "d"})
     ranks = Ranks(rank(), world_size())
     try:
         if scores is not None:

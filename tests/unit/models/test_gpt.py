@@ -237,6 +237,7 @@ def test_a_mistral_that_does_not_say_its_window_is_refused(world: World, tmp_pat
         ({"layernorm_epsilom": 1e-5}, "layernorm_epsilom is not a field .* did you mean layernorm_epsilon"),
         ({"params_dtype": "bf16"}, "params_dtype='bf16' must not be set there: set precision.dtype"),
         ({"fp8": "hybrid"}, "fp8='hybrid' must not be set there: set precision.fp8"),
+        ({"deterministic_mode": True}, "must not be set there: set training.deterministic"),
         ({"sequence_parallel": True}, "set parallel.sequence_parallel"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 must not be set"),
         ({"init_model_with_meta_device": True}, "must not be set: weights are loaded into parameters that have memory"),

@@ -73,6 +73,19 @@ def test_fp32_is_not_tf32() -> None:
     assert not torch.backends.cudnn.allow_tf32
 
 
+def test_deterministic_kernels() -> None:
+    """In a process of its own, since it stays set."""
+    result = run_python(
+        "import os, torch\n"
+        "os.environ['NCCL_ALGO'] = 'Tree'\n"
+        "from megatron_spin.parallel.setup import DETERMINISTIC, compute_deterministically\n"
+        "compute_deterministically()\n"
+        "print({name: os.environ[name] for name in DETERMINISTIC}, torch.are_deterministic_algorithms_enabled())\n"
+    )
+    environment = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+    assert result.stdout.strip() == f"{environment} True", result.stderr
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
