@@ -13,6 +13,7 @@ from megatron_spin.parallel import cpu_device
 from megatron_spin.parallel.check import check_version
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.kernels import refuse_wrong_apex
+from megatron_spin.parallel.quiet import quiet_megatron
 from megatron_spin.processes import Ranks
 
 DETERMINISTIC = {
@@ -33,6 +34,7 @@ def choose_device(device: Literal["auto", "cpu", "cuda"], *, deterministic: bool
         DeviceError: ``cuda`` was asked for and is not there, or there are fewer GPUs than local ranks.
     """
     check_version()
+    quiet_megatron()
     # Megatron's overlap of tensor parallel communication needs one hardware queue; CUDA reads this when it starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     chosen = hf_model.choose_device(device)
