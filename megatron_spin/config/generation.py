@@ -31,6 +31,9 @@ class GenerationConfig:
     """Prompts per shard; an interrupted shard is regenerated from the start."""
     batch_size: Annotated[PerIteration[int], Positive] = 256
     """Prompts per batch of the ``hf`` engine."""
+    workers: Annotated[int | None, Positive] = None
+    """Engines that generate at a time, each on GPUs of its own; null: as many as the GPUs allow, on a CPU one. The
+    answers do not depend on it."""
     seed: PerIteration[int] = 0
     """Seed of the sampling."""
     vllm: PerIteration[dict[str, Any]] = dataclasses.field(default_factory=dict)

@@ -54,6 +54,7 @@ USES = (
     Use("parallel"),
     Use("generation.batch_size"),
     Use("generation.vllm"),
+    Use("generation.workers"),
     Use("evaluation.batch_size"),
     Use("training.micro_batch_size"),
     Use("training.checkpoint_every"),

@@ -39,8 +39,12 @@ class EngineSettings:
     """Prompts per batch of the ``hf`` engine."""
     vllm: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further vLLM engine arguments."""
+    gpus: tuple[str, ...] = ()
+    """The GPUs of the engine, as CUDA_VISIBLE_DEVICES names them; none: all that this process sees, or the CPU."""
+    processes: int = 1
+    """Engines that run at a time; on a CPU each gets its share of the cores and of the memory."""
     log: Path | None = None
-    """File for the log of the vLLM process, or None for a temporary one. An error of the process quotes its end."""
+    """File for the log of the engine's process, or None for a temporary one. An error quotes its end."""
 
 
 def engine_settings(
@@ -98,10 +102,10 @@ def open_session(settings: EngineSettings) -> Iterator[Session]:
     """
     # Each engine imports what only it needs.
     if settings.engine == "vllm":
-        from megatron_spin.generation.vllm_engine import VllmSession
+        from megatron_spin.generation.process_engine import ProcessSession
 
-        with VllmSession(settings) as vllm_session:
-            yield vllm_session
+        with ProcessSession(settings) as process_session:
+            yield process_session
     else:
         from megatron_spin.generation.hf_engine import HfSession
 

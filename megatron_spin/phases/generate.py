@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -12,10 +13,12 @@ from megatron_spin.data.manifest import DataManifest
 from megatron_spin.data.pairs import BuiltPairs, Pair, PairsManifest, previous_pairs, save_pairs
 from megatron_spin.data.rows import TRAIN, Row, load_rows, open_rows
 from megatron_spin.errors import ConfigError, RunDirError
-from megatron_spin.generation.engine import answer_caps, engine_settings, open_session
+from megatron_spin.generation.engine import EngineSettings, Session, answer_caps, engine_settings
+from megatron_spin.generation.pool import run_all
 from megatron_spin.generation.shards import GeneratedRow, Origin, Shard, ShardStore, plan_shards
 from megatron_spin.log import Progress, logger
 from megatron_spin.phases.opponent import Opponent, read_opponent
+from megatron_spin.run.devices import generation_groups, gpus_of
 from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.spin.objective import objective_class
 
@@ -36,6 +39,30 @@ class Sampling:
     def of(cls, config: Config, iteration: int) -> "Sampling":
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: at_iteration(getattr(config.generation, name), iteration) for name in names})
+
+
+class _Throughput:
+    """Counts what all workers generate, from the moment when the first of them is ready; their threads call it."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.tokens = 0
+        self._bar = bar
+        self._started: float | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self._started is None else time.monotonic() - self._started
+
+    def start(self) -> None:
+        with self._lock:
+            if self._started is None:
+                self._started = time.monotonic()
+
+    def add(self, prompts: int, tokens: int) -> None:
+        with self._lock:
+            self.tokens += tokens
+            self._bar.update(prompts, note=f"{self.tokens / self.seconds:,.0f} tokens/s")
 
 
 class Generate:
@@ -127,28 +154,14 @@ class Generate:
         """Generates the shards ``missing`` of ``total`` prompts; returns tokens and seconds without the start."""
         config, sampling = self.config, self.sampling
         self.target.generated.mkdir(parents=True, exist_ok=True)
-        settings = engine_settings(
-            config,
-            self.iteration,
-            hf_dir=opponent.hf,
-            end_token_id=self.manifest.end_token_id,
-            log=self.target.generated / "vllm.log",
-        )
+        engines = self._engines(opponent, most=len(missing))
+        logger.info(f"starting {engines[0].engine} on {engines[0].hf_dir}, {self._where(engines)}")
         done = total - sum(len(shard.rows) for shard in missing)
-        tokens = 0
-        logger.info(f"starting {settings.engine} on {settings.hf_dir}")
-        with (
-            open_session(settings) as session,
-            Progress(f"generate {self.iteration}", total=total, done=done, unit="prompt") as bar,
-        ):
-            started = time.monotonic()
+        with Progress(f"generate {self.iteration}", total=total, done=done, unit="prompt") as bar:
+            throughput = _Throughput(bar)
 
-            def progress(prompts: int, new_tokens: int) -> None:
-                nonlocal tokens
-                tokens += new_tokens
-                bar.update(prompts, note=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
-
-            for shard in missing:
+            def generate(session: Session, shard: Shard) -> None:
+                throughput.start()
                 prompts = [row.prompt_ids for row in shard.rows]
                 completions = session.generate(
                     prompts,
@@ -158,10 +171,34 @@ class Generate:
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     seed=shard.seed,
-                    progress=progress,
+                    progress=throughput.add,
                 )
                 store.write(shard, completions)
-            return tokens, time.monotonic() - started
+
+            run_all(engines, missing, generate)
+            return throughput.tokens, throughput.seconds
+
+    def _engines(self, opponent: Opponent, *, most: int) -> list[EngineSettings]:
+        """One engine per worker of this machine, at most ``most``."""
+        groups = generation_groups(self.config, self.iteration, gpus_of(self.config))[:most]
+        engines = []
+        for number, gpus in enumerate(groups):
+            log = f"{self.sampling.engine}.log" if len(groups) == 1 else f"{self.sampling.engine}_{number}.log"
+            settings = engine_settings(
+                self.config,
+                self.iteration,
+                hf_dir=opponent.hf,
+                end_token_id=self.manifest.end_token_id,
+                log=self.target.generated / log,
+            )
+            engines.append(dataclasses.replace(settings, gpus=gpus, processes=len(groups)))
+        return engines
+
+    def _where(self, engines: Sequence[EngineSettings]) -> str:
+        per_engine = len(engines[0].gpus)
+        if not per_engine:
+            return "on the CPU" if len(engines) == 1 else f"{len(engines)} at a time on the CPU"
+        return f"{len(engines)} at a time with {per_engine} of {gpus_of(self.config)} each"
 
     def _write_pairs(self, opponent: Opponent, store: ShardStore, shards: Sequence[Shard]) -> PairsManifest:
         """Writes the pairs, with those of the iteration before if the config says so; returns their manifest."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from megatron_spin.config import Config
+from megatron_spin.config import Config, Engine, at_iteration
 from megatron_spin.errors import DeviceError
 from megatron_spin.machine import Gpus, version_of, visible_gpus
 
@@ -40,6 +40,29 @@ def num_ranks(config: Config) -> int:
             "use device=cpu"
         )
     return count
+
+
+def generation_groups(config: Config, iteration: int, gpus: Gpus) -> list[tuple[str, ...]]:
+    """Those of ``gpus`` that each generation worker gets, as CUDA_VISIBLE_DEVICES names them; on a CPU empty groups.
+
+    Raises:
+        DeviceError: there are fewer GPUs than one worker, or ``generation.workers`` of them, need.
+    """
+    generation = config.generation
+    if not gpus.names:
+        return [()] * (generation.workers or 1)
+    size = 1
+    engine: Engine = at_iteration(generation.engine, iteration)
+    if engine == "vllm":
+        arguments = at_iteration(generation.vllm, iteration)
+        size = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
+    count = generation.workers or max(1, len(gpus.names) // size)
+    if count * size > len(gpus.names):
+        raise DeviceError(
+            f"generation needs {count * size} GPUs, {size} per worker by generation.vllm and {count} workers, but this "
+            f"machine has {gpus}: lower generation.workers or tensor_parallel_size in generation.vllm"
+        )
+    return [gpus.names[first : first + size] for first in range(0, count * size, size)]
 
 
 def check_torch(gpus: Gpus, version: str | None) -> None:

@@ -11,7 +11,7 @@ from megatron_spin.errors import CheckpointError, ConfigError, DataError, RunDir
 from megatron_spin.io import read_json
 from megatron_spin.log import logger
 from megatron_spin.machine import version_of
-from megatron_spin.run.devices import check_torch, check_vllm, gpus_of, installed_vllm
+from megatron_spin.run.devices import check_torch, check_vllm, generation_groups, gpus_of, installed_vllm
 from megatron_spin.run.plan import Plan, PlannedPhase
 from megatron_spin.run.result import num_played
 from megatron_spin.spin.objective import build_objective, num_iterations
@@ -84,6 +84,7 @@ def _check_engines(config: Config, phases: Sequence[PlannedPhase]) -> None:
     for phase in phases:
         iteration = int(phase.label) if phase.label.isdigit() else 0
         engines.add(at_iteration(config.generation.engine, iteration))
+        generation_groups(config, iteration, gpus_of(config))
     for engine in engines:
         module = {"vllm": "vllm", "hf": "transformers"}[engine]
         if importlib.util.find_spec(module) is None:

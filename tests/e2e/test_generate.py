@@ -2,13 +2,16 @@
 befall them.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import psutil
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -21,7 +24,7 @@ from megatron_spin.generation.engine import Completion, EngineSettings, Progress
 from megatron_spin.io import read_json, sha256, write_json
 from megatron_spin.phases.generate import Generate
 from megatron_spin.run.directory import RunDir
-from tests.support.runs import run_tool, tiny_yaml
+from tests.support.runs import ENVIRONMENT, run_tool, tiny_yaml
 from tests.support.tiny import EOS, SPECIAL, tiny_model
 
 END = SPECIAL.index(EOS)
@@ -222,6 +225,10 @@ def generate(config: Config, run_dir: RunDir, iteration: int) -> dict[str, Any]:
     return phase.run()
 
 
+def with_generation(config: Config, **changes: Any) -> Config:
+    return dataclasses.replace(config, generation=dataclasses.replace(config.generation, **changes))
+
+
 def shards(run_dir: RunDir, iteration: int = 0) -> dict[str, str]:
     return {path.name: sha256(path) for path in (run_dir.root / f"iteration_{iteration}" / "generated").glob("shard_*")}
 
@@ -283,6 +290,68 @@ def test_damaged_shards_are_generated_again(copy: tuple[Config, RunDir], damage:
     assert details["generated_now"] == (damage != "a temporary file")
     assert shards(run_dir) == before
     assert not list(directory.glob(".*"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_answers_do_not_depend_on_the_number_of_workers(
+    copy: tuple[Config, RunDir], monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    for name, value in ENVIRONMENT.items():  # the threads that generated the first time
+        monkeypatch.setenv(name, value)
+    config, run_dir = copy
+    if engine == "vllm":  # its own answers to compare with
+        config = with_generation(config, engine="vllm")
+        shutil.rmtree(run_dir.target(iteration=0).generated)
+        generate(config, run_dir, 0)
+    before = shards(run_dir)
+    shutil.rmtree(run_dir.target(iteration=0).generated)
+    assert generate(with_generation(config, workers=2), run_dir, 0)["generated_now"] == 3
+    assert shards(run_dir) == before
+    assert len(list(run_dir.target(iteration=0).generated.glob("*.log"))) == 2
+
+
+def test_a_killed_worker_is_one_line_and_what_was_finished_stays(
+    copy: tuple[Config, RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    config, run_dir = copy
+    config = with_generation(config, workers=2)
+    before, directory = shards(run_dir), run_dir.target(iteration=0).generated
+    for name in ("shard_00001", "shard_00002"):
+        (directory / f"{name}.json").unlink()
+    killed = r"the generation process was killed by SIGKILL.*run again to continue$"
+    with killing_one_worker(), pytest.raises(DeviceError, match=killed):
+        generate(config, run_dir, 0)
+    assert shards(run_dir).items() <= before.items() and (directory / "shard_00000.json").exists()
+    assert workers_of_this_process() == []
+    generate(config, run_dir, 0)
+    assert shards(run_dir) == before
+
+
+def workers_of_this_process() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "megatron_spin.generation.hf_worker" in " ".join(child.cmdline())]
+
+
+@contextlib.contextmanager
+def killing_one_worker() -> Iterator[None]:
+    """Kills the first worker that this process starts, as the kernel does where memory runs out."""
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.wait(0.01):
+            for worker in workers_of_this_process():
+                worker.kill()
+                return
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_another_opponent_is_refused(copy: tuple[Config, RunDir], tmp_path: Path) -> None:

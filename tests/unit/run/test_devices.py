@@ -7,7 +7,7 @@ import pytest
 from megatron_spin.config import from_dict
 from megatron_spin.errors import DeviceError
 from megatron_spin.machine import Gpus, visible_gpus
-from megatron_spin.run.devices import check_torch, check_vllm, gpus_of, installed_vllm
+from megatron_spin.run.devices import check_torch, check_vllm, generation_groups, gpus_of, installed_vllm
 
 EIGHT = Gpus(tuple("01234567"), "device files /dev/nvidia*")
 NONE = Gpus()
@@ -56,3 +56,22 @@ def test_a_cpu_build_of_torch_is_refused_beside_gpus() -> None:
 
 def test_a_run_on_the_cpu_uses_no_gpu(raw: dict[str, Any]) -> None:
     assert gpus_of(from_dict(raw | {"device": "cpu"})) == NONE
+
+
+def test_generation_takes_every_gpu_in_groups(raw: dict[str, Any]) -> None:
+    def groups(**generation: Any) -> list[tuple[str, ...]]:
+        return generation_groups(from_dict(raw | {"generation": generation}), 0, EIGHT)
+
+    assert groups(engine="hf") == [(name,) for name in EIGHT.names]
+    assert groups(engine="vllm", vllm={"tensor_parallel_size": 4}) == [tuple("0123"), tuple("4567")]
+    assert groups(engine="vllm", vllm={"tensor_parallel_size": 3}) == [tuple("012"), tuple("345")]
+    assert groups(engine="hf", workers=2) == [("0",), ("1",)]
+    for too_many in ({"workers": 3}, {"workers": None}):
+        size = 4 if too_many["workers"] else 16
+        with pytest.raises(DeviceError, match=r"generation needs 1[26] GPUs, .* this machine has 8 GPUs"):
+            groups(engine="vllm", vllm={"tensor_parallel_size": size}, **too_many)
+
+
+def test_generation_on_a_cpu_has_as_many_workers_as_asked_for(raw: dict[str, Any]) -> None:
+    assert generation_groups(from_dict(raw), 0, NONE) == [()]
+    assert generation_groups(from_dict(raw | {"generation": {"engine": "hf", "workers": 2}}), 0, NONE) == [(), ()]

@@ -1,10 +1,8 @@
-"""Generation with vLLM in its own process, :mod:`megatron_spin.generation.vllm_worker`.
-
-Imports neither torch nor vLLM.
-"""
+"""The parent's side of an engine in a process of its own, on devices of its own. Imports neither torch nor vLLM."""
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -18,6 +16,11 @@ from typing import IO, Any
 import megatron_spin
 from megatron_spin.errors import CheckpointError, ConfigError, DeviceError
 from megatron_spin.generation.engine import Completion, EngineSettings, Progress
+from megatron_spin.generation.worker import KINDS
+from megatron_spin.machine import VISIBLE
+
+WORKERS = {"vllm": "megatron_spin.generation.vllm_worker", "hf": "megatron_spin.generation.hf_worker"}
+"""Module that the process of each engine runs."""
 
 RESERVED = {
     "model": "model.hf",
@@ -35,11 +38,12 @@ SECONDS_TO_END = 10
 """How long the worker may take to end by itself."""
 
 
-class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
-    """A vLLM process that starts on entry and ends on exit; see :class:`megatron_spin.generation.engine.Session`."""
+class ProcessSession(contextlib.AbstractContextManager["ProcessSession"]):
+    """A process that starts on entry and ends on exit; see :class:`megatron_spin.generation.engine.Session`."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        for key in settings.vllm.keys() & RESERVED.keys():
+        reserved = settings.vllm.keys() & RESERVED.keys() if settings.engine == "vllm" else set()
+        for key in reserved:
             remedy = f"set {RESERVED[key]} instead" if RESERVED[key] else "remove it"
             raise ConfigError(f"generation.vllm.{key}={settings.vllm[key]!r} is decided by Megatron-SPIN: {remedy}")
         if not (settings.hf_dir / "config.json").is_file():
@@ -48,41 +52,42 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
         self._stack = contextlib.ExitStack()
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[bytes] | None = None
+        self._is_killed = False
+        self._name = {"vllm": "vLLM", "hf": "generation"}[settings.engine]
+        self._remedy = ", or try generation.engine=hf" if settings.engine == "vllm" else ""
 
-    def __enter__(self) -> "VllmSession":
+    def __enter__(self) -> "ProcessSession":
         settings = self._settings
         with contextlib.ExitStack() as stack:
             self._log = stack.enter_context(
                 open(settings.log, "w+b") if settings.log else tempfile.TemporaryFile("w+b")
             )
-            package = str(Path(megatron_spin.__file__).parents[1])
-            path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "megatron_spin.generation.vllm_worker"],
+                [sys.executable, "-P", "-m", WORKERS[settings.engine]],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
-                env={**os.environ, "PYTHONPATH": path},
+                env=_environment(settings),
                 text=True,
                 start_new_session=True,  # its own process group, so that it can be killed with its children
             )
             stack.callback(self._end)
-            self._send(
-                {
-                    "hf_dir": str(settings.hf_dir.resolve()),
-                    "dtype": settings.dtype,
-                    "end_token_id": settings.end_token_id,
-                    "max_length": settings.max_length,
-                    "device": settings.device,
-                    "vllm": settings.vllm,
-                }
-            )
+            if self._is_killed:  # while it was started
+                self.kill()
+            self._send({**dataclasses.asdict(settings), "hf_dir": str(settings.hf_dir.resolve()), "log": None})
             self._receive()  # {"ready": true}
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def kill(self) -> None:
+        """Ends the process at once, from any thread; whoever waits for it gets a DeviceError."""
+        self._is_killed = True
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def generate(
         self,
@@ -108,15 +113,15 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
         )
         answers: list[Completion | None] = [None] * len(prompts)
         while "done" not in (message := self._receive()):
-            for index, token_ids, reason in message["finished"]:
+            for index, token_ids, reason in message.get("finished", []):
                 answers[index] = self._completion(index, token_ids, reason)
-            if progress is not None:
-                num_tokens = sum(len(token_ids) for _, token_ids, _ in message["finished"])
-                progress(len(message["finished"]), num_tokens)
+            if progress is not None and "progress" in message:
+                progress(*message["progress"])
         missing = answers.count(None)
         if missing:
             raise DeviceError(
-                f"vLLM left {missing} of {len(prompts)} prompts unanswered: {self._log_end()}; try generation.engine=hf"
+                f"{self._name} left {missing} of {len(prompts)} prompts unanswered: {self._log_end()}; "
+                f"run again{self._remedy}"
             )
         return [answer for answer in answers if answer is not None]
 
@@ -128,8 +133,8 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
         if reason == "length" and token_ids and not ends:
             return Completion(token_ids, "length")
         raise DeviceError(
-            f"vLLM ended answer {index} by {reason!r} with {len(token_ids)} tokens and the end token at {ends}, where "
-            "it must be the last of a stopped answer and absent from a cut one: try generation.engine=hf"
+            f"{self._name} ended answer {index} by {reason!r} with {len(token_ids)} tokens and the end token at "
+            f"{ends}, where it must be the last of a stopped answer and absent from a cut one: run again{self._remedy}"
         )
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -147,12 +152,12 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
             raise self._death()
         message: dict[str, Any] = json.loads(line)
         if "error" in message:
-            if message["kind"] == "config":
-                raise ConfigError(message["error"])
-            if message["kind"] == "device":
-                raise DeviceError(message["error"])
-            remedy = "set generation.vllm arguments that suit this machine, or generation.engine=hf"
-            raise DeviceError(f"vLLM failed: {message['error']}; its log ends: {self._log_end()}; {remedy}")
+            if message["kind"] in KINDS:
+                raise KINDS[message["kind"]](message["error"])
+            remedy = "lower generation.batch_size if memory ran out"
+            if self._settings.engine == "vllm":
+                remedy = "set generation.vllm arguments that suit this machine, or generation.engine=hf"
+            raise DeviceError(f"{self._name} failed: {message['error']}; its log ends: {self._log_end()}; {remedy}")
         return message
 
     def _death(self) -> DeviceError:
@@ -164,9 +169,13 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         hint = "; it may have run out of memory" if status == -signal.SIGKILL else ""
         return DeviceError(
-            f"the vLLM process {how}{hint}; its log ends: {self._log_end()}; "
-            "run again to continue, or try generation.engine=hf"
+            f"the {self._name} process{self._place()} {how}{hint}; its log ends: {self._log_end()}; "
+            f"run again to continue{self._remedy}"
         )
+
+    def _place(self) -> str:
+        gpus = ",".join(self._settings.gpus)
+        return f" on GPU {gpus}" if gpus else ""
 
     def _log_end(self) -> str:
         assert self._log is not None
@@ -185,3 +194,18 @@ class VllmSession(contextlib.AbstractContextManager["VllmSession"]):
             os.killpg(process.pid, signal.SIGKILL)  # the processes that vLLM started, too
         process.wait()
         process.stdout.close()
+
+
+def _environment(settings: EngineSettings) -> dict[str, str]:
+    """The process's environment: the package, its own GPUs or its share of the cores."""
+    environment = dict(os.environ)
+    package = str(Path(megatron_spin.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    if settings.gpus:
+        environment[VISIBLE] = ",".join(settings.gpus)
+    elif settings.processes > 1:
+        cores = len(os.sched_getaffinity(0))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.processes)))
+        # vLLM's processes would all bind themselves to the same cores.
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return environment
