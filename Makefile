@@ -1,11 +1,13 @@
 # Everything runs in .venv, which `make setup` makes from requirements.lock; each target that needs it calls it first.
-# Variables: PYTHON (the interpreter that .venv is made with). pip's variables and configuration files are respected.
+# Variables: PYTHON (the interpreter that .venv is made with), LATEST_PYTHON (that of `make test-latest`). pip's variables and configuration files are respected.
 
 PYTHON ?= python3.11
+LATEST_PYTHON ?= python3.12
 unexport PYTHON # the scripts use .venv's
 VENV := .venv
 RUN := $(VENV)/bin/python
 BENCH_VENV := .bench-venv
+LATEST_VENV := .latest-venv
 STAMP := $(VENV)/.setup-done
 LOG := $(VENV)/setup.log
 
@@ -13,7 +15,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-slow lint quickstart bench clean
+.PHONY: help setup test test-slow test-latest lint quickstart bench clean
 
 help: ## what can be made
 	@echo 'usage: make TARGET'
@@ -55,6 +57,24 @@ test: setup ## the tests, at most 15 minutes on two cores
 test-slow: setup ## the long tests, at most 45 minutes more
 	$(RUN) -m pytest -m slow
 
+test-latest: $(LATEST_VENV)/.setup-done ## unit and distributed tests with the newest Megatron and Transformer Engine
+	$(LATEST_VENV)/bin/python -m pytest -m "not slow" -rs -n logical --dist loadfile tests/unit tests/distributed
+
+# Python 3.12 with torch's CUDA build on the CPU; Transformer Engine's extension is built once and kept outside the clone.
+$(LATEST_VENV)/.setup-done: requirements-latest.lock scripts/transformer_engine_wheel.sh setup.py pyproject.toml
+	@$(LATEST_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || { \
+	  echo 'error: $(LATEST_PYTHON) is not a Python 3.12, which requirements-latest.lock is for:' \
+	    'install it, or run make test-latest LATEST_PYTHON=/path/to/python3.12' >&2; exit 2; }
+	@echo 'make test-latest: installs into $(LATEST_VENV): 6 GB and 4 minutes, and 15 minutes more the first time;' \
+	  'log: $(LATEST_VENV)/setup.log'
+	@$(LATEST_VENV)/bin/python -c '' 2>/dev/null || $(LATEST_PYTHON) -m venv --clear $(LATEST_VENV)
+	@$(LATEST_VENV)/bin/python -m pip install --no-deps -r requirements-latest.lock >$(LATEST_VENV)/setup.log 2>&1 && \
+	  wheel=$$(scripts/transformer_engine_wheel.sh $(LATEST_VENV)/bin/python) && \
+	  $(LATEST_VENV)/bin/python -m pip install --no-deps "$$wheel" >>$(LATEST_VENV)/setup.log 2>&1 && \
+	  $(LATEST_VENV)/bin/python -m pip install --no-deps --no-build-isolation -e . >>$(LATEST_VENV)/setup.log 2>&1 || { \
+	  tail -n 15 $(LATEST_VENV)/setup.log >&2; echo 'error: pip failed (above): fix the cause and run make test-latest again' >&2; exit 2; }
+	@touch $@
+
 lint: setup ## ruff, mypy, import-linter, codespell and shellcheck over everything
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -79,6 +99,6 @@ $(BENCH_VENV)/.setup-done: benchmarks/trl.lock | setup
 	  tail -n 15 $(BENCH_VENV)/setup.log >&2; echo 'error: pip failed (above): fix the cause and run make bench again' >&2; exit 2; }
 	@touch $@
 
-clean: ## .venv, .bench-venv and caches; runs/ stays
-	rm -rf $(VENV) $(BENCH_VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## .venv, .bench-venv, .latest-venv and caches; runs/ stays
+	rm -rf $(VENV) $(BENCH_VENV) $(LATEST_VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
