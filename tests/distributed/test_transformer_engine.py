@@ -3,13 +3,13 @@
 :mod:`tests.support.transformer_engine` constructs them on a CPU, where none of their kernels runs.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_spin.machine import version_of
 from tests.support.roundtrip import make_model
 from tests.support.tiny import tiny_model
 from tests.support.transformer_engine import (
@@ -24,9 +24,7 @@ from tests.support.transformer_engine import (
 )
 from tests.support.world import Worlds, worlds
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
-)
+pytestmark = pytest.mark.skipif(version_of("transformer-engine") is None, reason="needs Transformer Engine")
 
 LAYOUTS: dict[str, tuple[int, Layout]] = {
     "one": (1, {}),

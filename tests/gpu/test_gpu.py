@@ -3,7 +3,6 @@
 The tests skip themselves without a GPU.
 """
 
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from megatron_spin.config import Config, at_iteration
+from megatron_spin.machine import version_of
 from tests.support.ranks import TokenPair, first_gradients, make_trainer, random_pairs, tiny_config
 from tests.support.runs import metrics, run_tool, tiny_yaml
 from tests.support.tiny import tiny_model
@@ -21,7 +21,7 @@ from tests.support.world import World, worlds
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 needs_transformer_engine = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
+    version_of("transformer-engine") is None, reason="needs Transformer Engine"
 )
 
 
