@@ -86,6 +86,19 @@ def global_named_parameters(model: Sequence[torch.nn.Module]) -> Iterator[tuple[
             yield name, parameter
 
 
+def finish_param_gather(model: Sequence[torch.nn.Module]) -> None:
+    """Lets the parameters of ``model`` be those after the last step; a collective.
+
+    With ``overlap_param_gather`` a data parallel rank has only its own share of them until the next forward pass, whose
+    hooks gather the rest. Whoever reads or writes parameters by other means than a forward pass calls this first.
+    """
+    for chunk in model:
+        ddp: Any = chunk
+        config = getattr(ddp, "ddp_config", None)  # of Megatron's DistributedDataParallel alone
+        if config is not None and config.overlap_param_gather:
+            ddp.start_param_sync(force_sync=True)
+
+
 def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
     """The model inside DistributedDataParallel and Float16Module."""
     while isinstance(inner := getattr(chunk, "module", None), torch.nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_spin.conversion.parameters import Mapped, mapped_parameters
+from megatron_spin.conversion.parameters import Mapped, finish_param_gather, mapped_parameters
 from megatron_spin.errors import CheckpointError
 from megatron_spin.hf.files import DTYPES
 from megatron_spin.hf.identity import tensor_digest
@@ -57,6 +57,7 @@ class HfStream:
         self._dims = dims
         self._dtype = dtype
         self._family = family_of(hf_config)
+        finish_param_gather(model)
         with raised_everywhere(dims):
             self._geometry = self._family.geometry(hf_config)
             mapped = mapped_parameters(model, family=self._family, geometry=self._geometry, dims=dims)
