@@ -59,6 +59,7 @@ USES = (
     Use("training.micro_batch_size"),
     Use("training.checkpoint_every"),
     Use("training.keep_checkpoints"),
+    Use("training.checkpoint_resharding"),
     Use("training.deterministic"),
     # More or fewer iterations leave those that exist as they are.
     Use("spin.iterations"),

@@ -40,6 +40,13 @@ class TrainingConfig:
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: Annotated[int, Positive] = 2
     """How many of the newest checkpoints of an iteration stay on disk."""
+    checkpoint_resharding: Literal["data_parallel", "any"] = "data_parallel"
+    """What may change of the layout when a training continues from a checkpoint within an iteration.
+
+    ``data_parallel``: the number of data parallel ranks; each rank writes its own share of the optimizer state.
+    ``any``: tensor, pipeline and expert parallel sizes too; data parallel rank 0 gathers the state for it, on the host.
+    The checkpoint at the end of an iteration fits any layout.
+    """
     seed: int = 0
     """Seed of the order of pairs."""
     deterministic: bool = False

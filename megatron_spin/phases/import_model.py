@@ -21,7 +21,8 @@ from megatron_spin.parallel.setup import choose_device, initialize
 from megatron_spin.parallel.stack import resolve_stack
 from megatron_spin.processes import world_size
 from megatron_spin.run.resume import STACK
-from megatron_spin.training.checkpoint import latest_step, save_checkpoint
+from megatron_spin.training.checkpoint import save_checkpoint
+from megatron_spin.training.tracker import latest_step
 
 
 class ImportModel:

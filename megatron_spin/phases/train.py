@@ -40,13 +40,13 @@ from megatron_spin.spin.objective import (
 )
 from megatron_spin.spin.sft import Sft
 from megatron_spin.training.assembly import Policy, build_policy
-from megatron_spin.training.checkpoint import latest_step, load_checkpoint
+from megatron_spin.training.checkpoint import load_checkpoint
 from megatron_spin.training.forward_step import reported_names
 from megatron_spin.training.metrics import MetricsWriter
 from megatron_spin.training.optimizer import OVERLAPS, optimizer_config
-from megatron_spin.training.optimizer_state import carry_over_main_weights
 from megatron_spin.training.schedule import StepPlan
 from megatron_spin.training.scoring import ScoreCache, check_scores
+from megatron_spin.training.tracker import latest_step
 
 PROBE_EXAMPLES = 4
 """Examples whose token log-probs are kept for the export gate: enough to see a wrong weight, quick on one device."""
@@ -212,9 +212,8 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
 
     done = on_rank_zero(dims, lambda: latest_step(target.checkpoints)) or 0
     source = run_dir.opponent_checkpoint(target.iteration or 0)
-    first = target.iteration in (None, 0)
     if not done:
-        _load_start(config, policy, source, first=first)
+        _load_start(policy, source)
         if inputs.opponent is not None:
             _check_policy_is_opponent(config, policy, inputs.opponent)
     reference = None
@@ -222,7 +221,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
     if inputs.objective.needs_reference and done < inputs.plan.total:
         reference, is_opponent_loaded = _reference(config, run_dir, target, inputs, policy, stack=stack, fresh=not done)
         if is_opponent_loaded and not done:
-            _load_start(config, policy, source, first=first)
+            _load_start(policy, source)
     gate = None
     if inputs.opponent is not None and not done:
         gate = _first_loss_gate(config, inputs, policy, reference)
@@ -260,6 +259,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
             done=done,
             every=config.training.checkpoint_every,
             keep=config.training.keep_checkpoints,
+            resharding=config.training.checkpoint_resharding,
             state={**state, STACK: stack.as_record()},
             gate=gate,
         )
@@ -276,15 +276,9 @@ def _describe(inputs: Inputs) -> str:
     return line
 
 
-def _load_start(config: Config, policy: Policy, source: Path, *, first: bool) -> None:
+def _load_start(policy: Policy, source: Path) -> None:
     """Loads the weights that an iteration starts from: fp32 main weights unrounded, moments and schedule fresh."""
-    if first or config.precision.dtype == "fp32":
-        # An imported checkpoint has no main weights, and fp32 weights are their own.
-        load_checkpoint(source, policy.model, dims=policy.dims)
-        policy.optimizer.reload_model_params()
-    else:
-        load_checkpoint(source, policy.model, dims=policy.dims, optimizer=policy.optimizer)
-        carry_over_main_weights(policy.optimizer)
+    load_checkpoint(source, policy.model, dims=policy.dims, optimizer=policy.optimizer, moments=False)
 
 
 def _check_policy_is_opponent(config: Config, policy: Policy, opponent: str) -> None:

@@ -21,6 +21,9 @@ from megatron_spin.training.optimizer_settings import check_optimizer
 
 OVERLAPS = ("overlap_grad_reduce", "overlap_param_gather")
 """Fields of Megatron's DistributedDataParallelConfig that hide communication behind computation."""
+BUCKET_SIZE = 40_000_000
+"""Parameters per bucket where communication overlaps. Megatron's default, but for all sizes of the data parallel group:
+an optimizer state that is stored by buckets must fit when that size changes."""
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
@@ -68,6 +71,7 @@ def optimizer_config(config: Config, *, learning_rate: float) -> OptimizerConfig
         "min_lr": 0.0,
         "adam_beta1": 0.9,
         "adam_beta2": 0.999,
+        "store_param_remainders": False,
         "use_distributed_optimizer": distributed_optimizer(config),
     }
     return _megatron_config(OptimizerConfig, {**defaults, **given, **ours}, "training.optimizer")
@@ -84,6 +88,7 @@ def wrap_and_optimize(
         given = {
             "grad_reduce_in_fp32": True,
             **overlaps(config, dims.device.type, dp_size=dims.dp_size),
+            "bucket_size": BUCKET_SIZE,
             **config.parallel.ddp,
             "use_distributed_optimizer": distributed_optimizer(config),
         }

@@ -32,6 +32,11 @@ def check_optimizer(config: Config) -> None:
         raise ConfigError(
             f"training.optimizer.optimizer={given['optimizer']!r} is not there: choose one of {', '.join(OPTIMIZERS)}"
         )
+    if given.get("store_param_remainders"):
+        raise ConfigError(
+            "training.optimizer.store_param_remainders=true leaves no main weights that the next iteration could start "
+            "from: leave it out"
+        )
     if given["optimizer"] != "rmsprop":
         return
     for name in REFUSED_BY_RMSPROP:

@@ -10,12 +10,13 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 
 def inner_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
     """The torch (or fused) optimizers inside Megatron's wrappers."""
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         if part.optimizer is not None:
             yield part.optimizer
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Megatron's optimizers inside its chain of several."""
     if isinstance(optimizer, ChainedOptimizer):
         return list(optimizer.chained_optimizers)
     return [optimizer]
@@ -35,18 +36,11 @@ def prime(optimizer: MegatronOptimizer) -> None:
                     inner.state[param] = {"momentum_buffer": torch.zeros_like(param.data)}
 
 
-def carry_over_main_weights(optimizer: MegatronOptimizer) -> None:
-    """Resets the moments and step counts of a loaded optimizer and keeps its fp32 main weights: each iteration's
-    start.
-    """
-    for inner in inner_optimizers(optimizer):
-        for group in inner.param_groups:
-            if "step" in group:
-                group["step"] = 0
-        for state in inner.state.values():
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor) and name != "master_param":
-                    state[name] = torch.zeros_like(value)
+def add_missing_init_state(optimizer: MegatronOptimizer) -> None:
+    """Lets SGD load: Megatron gives it no function that allocates state, and calls one. :func:`prime` has done it."""
+    for part in optimizer_parts(optimizer):
+        if part.init_state_fn is None:
+            part.init_state_fn = lambda *_: None
 
 
 def keep_steps_apart(optimizer: MegatronOptimizer) -> None:
@@ -54,7 +48,7 @@ def keep_steps_apart(optimizer: MegatronOptimizer) -> None:
 
     It saves ``step`` in the parameter groups, but looks for it among the loaded tensors of each parameter, too.
     """
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             part._set_main_param_and_optimizer_states = functools.partial(_set_states_but_step, part)
 
@@ -65,7 +59,7 @@ def _set_states_but_step(
     group, order = part.model_param_group_index_map[model_param]
     state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
     own_step = {"step": state["step"]} if "step" in state else {}
-    DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {**own_step, **tensors})
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {**tensors, **own_step})
 
 
 def unshare_steps(optimizer: MegatronOptimizer) -> None:

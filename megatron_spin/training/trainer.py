@@ -19,7 +19,7 @@ from megatron_spin.parallel.cpu_device import megatron_region
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.pipeline import run_schedule, speaks_for_replica
 from megatron_spin.spin.objective import Objective
-from megatron_spin.training.checkpoint import save_checkpoint
+from megatron_spin.training.checkpoint import Resharding, save_checkpoint
 from megatron_spin.training.forward_step import objective_forward_step, reported_names
 from megatron_spin.training.metrics import MetricsWriter, metrics_row
 from megatron_spin.training.optimizer import set_learning_rate
@@ -100,13 +100,17 @@ class Trainer:
         done: int,
         every: int,
         keep: int,
+        resharding: Resharding,
         state: dict[str, Any],
         gate: Callable[[float], None] | None,
     ) -> None:
         """Takes steps ``done`` to the last, with a checkpoint every ``every`` steps and after the last.
 
+        The last one holds main weights alone: each iteration starts with fresh moments.
+
         Args:
             keep: how many of the newest checkpoints stay.
+            resharding: the layouts that a checkpoint within the iteration can be loaded into.
             state: plain data kept in each checkpoint.
             gate: checks the first loss, before the first step of an iteration, if that is among these.
         """
@@ -124,6 +128,8 @@ class Trainer:
                     self.model,
                     dims=self.dims,
                     optimizer=self.optimizer,
+                    moments=step + 1 < self.plan.total,
+                    resharding=resharding,
                     state=state,
                     keep=keep,
                 )

@@ -21,13 +21,12 @@ def main_weights(directory: str) -> dict[str, np.ndarray]:
     from megatron.core import dist_checkpointing
 
     from megatron_spin.parallel.cpu_device import megatron_region
-    from megatron_spin.training.checkpoint import checkpoint_path, latest_step
+    from megatron_spin.training.tracker import checkpoint_path, latest_step
 
     path = Path(directory)
     with megatron_region():
         tensors = dist_checkpointing.load_plain_tensors(str(checkpoint_path(path, latest_step(path) or 0)))
-    found = {name: tensor for name, tensor in tensors.items() if "state.param." in name or "fp32_param" in name}
-    return {name: tensor.float().numpy() for name, tensor in found.items()}
+    return {name: tensor.numpy() for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
 @pytest.mark.slow

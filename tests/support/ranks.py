@@ -1,7 +1,7 @@
 """What the ranks of a test world run: real SPIN steps at any layout, with losses, gradients and weights to compare."""
 
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -137,7 +137,14 @@ def trained_weights(
 
 
 def resumed_weights(
-    config: Config, pairs: list[Any], scores: np.ndarray, *, steps: int, stop: int, directory: Path
+    config: Config,
+    pairs: list[Any],
+    scores: np.ndarray,
+    *,
+    steps: int,
+    stop: int,
+    directory: Path,
+    resharding: Literal["data_parallel", "any"] = "data_parallel",
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """As :func:`trained_weights`, but after ``stop`` steps another trainer goes on from the checkpoint in
     ``directory``.
@@ -146,7 +153,9 @@ def resumed_weights(
     from megatron_spin.training.checkpoint import load_checkpoint, save_checkpoint
 
     rows = [trainer.step(step) for step in range(stop)]
-    save_checkpoint(directory, stop, trainer.model, dims=trainer.dims, optimizer=trainer.optimizer)
+    save_checkpoint(
+        directory, stop, trainer.model, dims=trainer.dims, optimizer=trainer.optimizer, resharding=resharding
+    )
     trainer = make_trainer(config, pairs, scores, steps=steps)
     load_checkpoint(directory, trainer.model, dims=trainer.dims, optimizer=trainer.optimizer)
     rows += [trainer.step(step) for step in range(stop, steps)]

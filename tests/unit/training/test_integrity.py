@@ -1,15 +1,20 @@
 """Which checkpoints are read: verification cannot be turned off by damage, and metadata names no foreign code."""
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from megatron_spin.errors import CheckpointError
+from megatron_spin.io import sha256
 from megatron_spin.parallel.dims import ParallelDims
-from megatron_spin.training.integrity import CHECKSUMS, METADATA_FILE, verify, write_checksums
+from megatron_spin.parallel.setup import choose_device
+from megatron_spin.training.integrity import CHECKSUMS, reading, verify, write_checksums
+from megatron_spin.training.safe_load import METADATA_FILE, read_metadata
 
 ALONE = ParallelDims(
     device=torch.device("cpu"),
@@ -28,24 +33,79 @@ ALONE = ParallelDims(
 )
 
 
+WEIGHTS = {"first": torch.arange(100.0), "second": torch.arange(50.0)}
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A verified directory: a file of weights, and metadata that is a pickle of plain data."""
+    """A checkpoint of two tensors in torch_dist's format, with checksums."""
+    choose_device("cpu")  # before Megatron's reader is imported
     path = tmp_path / "checkpoints/iter_0000004"
     path.mkdir(parents=True)
-    (path / "__0_0.distcp").write_bytes(b"weights")
-    (path / METADATA_FILE).write_bytes(pickle.dumps({"tensors": [1, 2]}))
+    dcp.save(WEIGHTS, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
     write_checksums(path, ALONE)
     return path
 
 
+def read(path: Path, *names: str) -> dict[str, torch.Tensor]:
+    """The tensors ``names`` of the checkpoint, verified."""
+    verified = verify(path, ALONE)
+    tensors = {name: torch.zeros_like(WEIGHTS[name]) for name in names}
+    with reading(verified):
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    return tensors
+
+
+def alter(path: Path, name: str) -> None:
+    """Changes one bit of the tensor ``name``."""
+    [info] = [info for index, info in read_metadata(path).storage_data.items() if index.fqn == name]
+    data = bytearray((path / info.relative_path).read_bytes())
+    data[info.offset + info.length // 2] ^= 1
+    (path / info.relative_path).write_bytes(data)
+
+
+def as_of_an_earlier_version(path: Path) -> None:
+    """Checksums by file alone."""
+    files = (file for file in path.iterdir() if file.name != CHECKSUMS)
+    (path / CHECKSUMS).write_text(json.dumps({file.name: sha256(file) for file in files}))
+
+
 def test_what_was_written_is_read(checkpoint: Path) -> None:
-    verify(checkpoint, ALONE)
+    for name, tensor in read(checkpoint, "first", "second").items():
+        assert torch.equal(tensor, WEIGHTS[name])
 
 
 def test_another_tools_checkpoint_has_no_checksums(checkpoint: Path) -> None:
     (checkpoint / CHECKSUMS).unlink()
-    verify(checkpoint, ALONE)
+    assert torch.equal(read(checkpoint, "first")["first"], WEIGHTS["first"])
+
+
+def test_only_what_is_read_is_compared(checkpoint: Path) -> None:
+    alter(checkpoint, "second")
+    assert torch.equal(read(checkpoint, "first")["first"], WEIGHTS["first"])
+    with pytest.raises(dcp.api.CheckpointException, match=r"__0_0.distcp is corrupted"):
+        read(checkpoint, "second")
+
+
+def test_checksums_of_an_earlier_version_are_compared_by_file(checkpoint: Path) -> None:
+    as_of_an_earlier_version(checkpoint)
+    assert torch.equal(read(checkpoint, "first")["first"], WEIGHTS["first"])
+    alter(checkpoint, "second")
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp is corrupted"):
+        read(checkpoint, "first")
+
+
+def test_a_tensor_without_a_checksum_is_not_read(checkpoint: Path) -> None:
+    sums = json.loads((checkpoint / CHECKSUMS).read_text())
+    sums["tensors"] = {}
+    (checkpoint / CHECKSUMS).write_text(json.dumps(sums))
+    with pytest.raises(dcp.api.CheckpointException, match=r"checksums.json is damaged \(it does not list the tensor"):
+        read(checkpoint, "first")
+
+
+def test_the_writing_version_is_recorded(checkpoint: Path) -> None:
+    sums = verify(checkpoint, ALONE).checksums
+    assert sums is not None and str(sums.megatron_core).startswith("0.")
 
 
 DAMAGE = {
@@ -62,7 +122,7 @@ def test_damaged_checksums_do_not_turn_verification_off(checkpoint: Path, damage
     """Before, whatever could not be read counted as another tool's checkpoint, and altered weights were loaded."""
     sums = checkpoint / CHECKSUMS
     sums.write_text(DAMAGE[damage](sums.read_text()))
-    (checkpoint / "__0_0.distcp").write_bytes(b"altered")
+    alter(checkpoint, "first")
     with pytest.raises(CheckpointError, match=r"checksums.json is damaged .* restore it"):
         verify(checkpoint, ALONE)
 
@@ -74,9 +134,9 @@ def test_unreadable_checksums_do_not_turn_verification_off(checkpoint: Path) -> 
         verify(checkpoint, ALONE)
 
 
-def test_an_altered_file_is_named(checkpoint: Path) -> None:
-    (checkpoint / "__0_0.distcp").write_bytes(b"altered")
-    with pytest.raises(CheckpointError, match=r"__0_0.distcp is corrupted"):
+def test_an_altered_metadata_file_is_named(checkpoint: Path) -> None:
+    (checkpoint / METADATA_FILE).write_bytes(b"altered")
+    with pytest.raises(CheckpointError, match=r".metadata is corrupted"):
         verify(checkpoint, ALONE)
 
 
@@ -93,9 +153,64 @@ class Foreign:
         return (print, ("executed",))
 
 
-def test_metadata_that_names_foreign_code_is_not_read(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (checkpoint / METADATA_FILE).write_bytes(pickle.dumps(Foreign()))
-    write_checksums(checkpoint, ALONE)
-    with pytest.raises(CheckpointError, match=r"names builtins.print, which no torch_dist checkpoint needs"):
+def recompute_checksums(path: Path) -> None:
+    """As whoever alters a checkpoint on purpose does."""
+    sums = json.loads((path / CHECKSUMS).read_text())
+    sums["files"][METADATA_FILE] = sha256(path / METADATA_FILE)
+    (path / CHECKSUMS).write_text(json.dumps(sums))
+
+
+def _text(value: str) -> bytes:
+    """A short string in pickle's protocol 4."""
+    return b"\x8c" + bytes([len(value)]) + value.encode()
+
+
+DOTTED = (
+    b"\x80\x04" + _text("torch.distributed.checkpoint.metadata") + _text("os.system") + b"\x93" + _text("x") + b"\x85R."
+)
+"""Calls os.system by way of a module whose classes metadata may name."""
+
+
+@pytest.mark.parametrize("has_checksums", [True, False])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (pickle.dumps(Foreign()), "builtins.print"),
+        (DOTTED, "torch.distributed.checkpoint.metadata.os.system"),
+        (b"ctorch.distributed._shard.sharded_tensor\ntorch.os.system\n(S'x'\ntR.", "torch.os.system"),
+        (b"cbuiltins\neval\n(S'x'\ntR.", "builtins.eval"),
+        (b"ctorch\nload\n(S'x'\ntR.", "torch.load"),
+    ],
+)
+def test_metadata_that_names_foreign_code_is_not_read(
+    checkpoint: Path, capfd: pytest.CaptureFixture[str], content: bytes, named: str, has_checksums: bool
+) -> None:
+    (checkpoint / METADATA_FILE).write_bytes(content)
+    if has_checksums:
+        recompute_checksums(checkpoint)
+    else:
+        (checkpoint / CHECKSUMS).unlink()
+    with pytest.raises(CheckpointError, match=rf"names .*{named}, which no torch_dist checkpoint needs"):
         verify(checkpoint, ALONE)
-    assert capsys.readouterr().out == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_outside_the_checkpoint_is_not_read(checkpoint: Path) -> None:
+    metadata = read_metadata(checkpoint)
+    for info in metadata.storage_data.values():
+        info.relative_path = "../other/__0_0.distcp"
+    (checkpoint / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+    (checkpoint / CHECKSUMS).unlink()
+    with pytest.raises(CheckpointError, match=r"names the file ../other/__0_0.distcp, outside the checkpoint"):
+        verify(checkpoint, ALONE)
+
+
+def test_objects_in_a_checkpoint_are_not_unpickled(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    dcp.save({"state": Foreign()}, storage_writer=dcp.FileSystemWriter(checkpoint), no_dist=True)
+    (checkpoint / CHECKSUMS).unlink()
+    verified = verify(checkpoint, ALONE)
+    with reading(verified), pytest.raises(dcp.api.CheckpointException, match=r"UnpicklingError"):
+        dcp.load({"state": None}, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+    assert "executed" not in capfd.readouterr().out
+    dcp.load({"state": None}, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
+    assert "executed" in capfd.readouterr().out  # without it torch calls the function
