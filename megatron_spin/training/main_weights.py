@@ -42,7 +42,7 @@ def saving(model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> It
             views[parameter].view(-1)[span].copy_(_share(part, parameter))
     for bucket in buckets:
         dist.all_gather_into_tensor(bucket.data, bucket.data[bucket.shard], group=bucket.group)
-    with _in_place_of_parameters({**views, **_whole(optimizer)}):
+    with _in_place_of_parameters(model, {**views, **_whole(optimizer)}):
         yield
     _zero_gradients(model, buckets)
 
@@ -55,7 +55,7 @@ def loading(model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> I
     buckets = _buckets(model, optimizer)
     views = _views(buckets)
     weights = {**views, **_whole(optimizer)}
-    with _in_place_of_parameters(weights):
+    with _in_place_of_parameters(model, weights):
         yield
     for parameter, weight in weights.items():
         parameter.data.copy_(weight)
@@ -138,15 +138,30 @@ def _views(buckets: Sequence[_Bucket]) -> dict[torch.nn.Parameter, torch.Tensor]
 
 
 @contextlib.contextmanager
-def _in_place_of_parameters(weights: dict[torch.nn.Parameter, torch.Tensor]) -> Iterator[None]:
-    own = {parameter: parameter.data for parameter in weights}
+def _in_place_of_parameters(
+    model: Sequence[torch.nn.Module], weights: dict[torch.nn.Parameter, torch.Tensor]
+) -> Iterator[None]:
+    """Lets the modules hold ``weights``.
+
+    The parameters stay as they are: data of another dtype would cost them DDP's hooks, and they would never get a
+    gradient again.
+    """
+    substitutes = {}
+    for parameter, weight in weights.items():
+        substitutes[parameter] = torch.nn.Parameter(weight, requires_grad=False)
+        substitutes[parameter].__dict__.update(parameter.__dict__)  # Megatron's marks
+    replaced = []
     try:
-        for parameter, weight in weights.items():
-            parameter.data = weight
+        for chunk in model:
+            for module in chunk.modules():
+                for name, own in module._parameters.items():
+                    if own in substitutes:
+                        module._parameters[name] = substitutes[own]
+                        replaced.append((module, name, own))
         yield
     finally:
-        for parameter, data in own.items():
-            parameter.data = data
+        for module, name, own in replaced:
+            module._parameters[name] = own
 
 
 def _zero_gradients(model: Sequence[torch.nn.Module], buckets: Sequence[_Bucket]) -> None:

@@ -78,6 +78,20 @@ def load_again_and_save(config: Config, source: Path, directory: Path) -> None:
     save_checkpoint(directory, 1, trainer.model, **common)
 
 
+def first_row(config: Config, directory: Path) -> dict[str, Any]:
+    """The metrics of the first step of an iteration that begins from ``directory``, after its main weights were saved,
+    too.
+    """
+    trainer = trainer_of(config)
+    from megatron_spin.training.checkpoint import load_checkpoint, save_checkpoint
+
+    common: dict[str, Any] = {"dims": trainer.dims, "optimizer": trainer.optimizer, "moments": False}
+    load_checkpoint(directory, trainer.model, **common)
+    save_checkpoint(directory.with_name("again"), 1, trainer.model, **common)
+    row: dict[str, Any] = trainer.step(0)
+    return row
+
+
 def refusal(config: Config, directory: Path, *, moments: bool = True) -> str:
     """The error of a load."""
     from megatron_spin.errors import CheckpointError
