@@ -32,8 +32,8 @@ DEPENDENCIES = [
 ]
 
 EXTRAS = {
-    # A cluster node, with Python 3.12. vLLM before 0.19 refuses transformers 5. Transformer Engine must be for the CUDA of
-    # vLLM's torch.
+    # A cluster node, with Python 3.12. vLLM before 0.19 refuses transformers 5. Transformer Engine must be for the CUDA
+    # of vLLM's torch.
     "gpu": [
         "vllm>=0.19.1; python_version >= '3.12'",
         "transformer-engine[core_cu13,pytorch]>=2.10; python_version >= '3.12'",

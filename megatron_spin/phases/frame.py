@@ -9,6 +9,7 @@ from megatron_spin.log import logger, open_run_log
 from megatron_spin.parallel.collectives import on_rank_zero, raised_everywhere
 from megatron_spin.processes import Ranks, world_size
 from megatron_spin.run.directory import RunDir, Target, check_target
+from megatron_spin.run.lock import PhaseLock
 from megatron_spin.run.result import is_done
 
 
@@ -40,7 +41,7 @@ def carry_out(
 
     Raises:
         ConfigError: the configuration has no such target.
-        RunDirError: the run directory belongs to another configuration.
+        RunDirError: the run directory belongs to another configuration, or another process carries out the phase.
         SpinError: as the phase raises.
     """
     name = kind if target is None else f"{kind}:{target.label}"
@@ -57,10 +58,15 @@ def carry_out(
     with raised_everywhere(ranks):
         phase = start()
         phase.check()
-    on_rank_zero(ranks, lambda: run_dir.open(config, changes))
-    details = phase.run()
-    seconds = time.monotonic() - started
-    on_rank_zero(ranks, lambda: run_dir.mark_done(name, seconds=seconds, **details))
+    with PhaseLock(run_dir.root, name) as lock:
+        on_rank_zero(ranks, lock.take)
+        if on_rank_zero(ranks, lambda: is_done(config, run_dir, name)):  # by the process that had the lock
+            logger.info(f"{name} is already done")
+            return
+        on_rank_zero(ranks, lambda: run_dir.open(config, changes))
+        details = phase.run()
+        seconds = time.monotonic() - started
+        on_rank_zero(ranks, lambda: run_dir.mark_done(name, seconds=seconds, **details))
     logger.info(f"{name} finished in {seconds:.1f} s")
 
 

@@ -94,6 +94,31 @@ def test_only_the_newest_checkpoints_stay(fresh: tuple[Path, Path]) -> None:
     assert kept == ["iter_0000004", "iter_0000005"]
 
 
+def test_a_second_training_by_hand_is_refused_and_the_first_goes_on(
+    fresh: tuple[Path, Path], trained: tuple[Path, Path]
+) -> None:
+    config, run = fresh
+    first = subprocess.Popen(
+        command("train.py", config, "--run-dir", run, "--iteration", 0),
+        env=environment(),
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    lock = run / ".locks/train_0"
+    deadline = time.monotonic() + 120
+    while not (lock.exists() and lock.read_text()) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # under way for as long as this takes
+    try:
+        refused = train(config, run, check=False)
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert f"train:0 of {run} is under way in another process (process {first.pid} on " in one_line(refused, 2)
+    assert first.wait(120) == 0
+    assert metrics(run / "iteration_0/metrics.jsonl") == metrics(trained[1] / "iteration_0/metrics.jsonl")
+
+
 def stop_after(run: Path, step: int) -> None:
     """Makes a finished run one that was stopped after the checkpoint of ``step``."""
     (run / "iteration_0/checkpoints/latest_checkpointed_iteration.txt").write_text(str(step))
