@@ -86,7 +86,12 @@ def _from_pretrained(hf_dir: Path, dtype: str, **placement: Any) -> torch.nn.Mod
     disable_progress_bar()
     with _named_load_errors(hf_dir):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            hf_dir, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True, **placement
+            hf_dir,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            use_safetensors=True,  # the other format is a pickle
+            output_loading_info=True,
+            **placement,
         )
     model, info = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
