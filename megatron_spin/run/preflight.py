@@ -12,12 +12,10 @@ from megatron_spin.io import read_json
 from megatron_spin.log import logger
 from megatron_spin.machine import version_of
 from megatron_spin.run.devices import check_torch, check_vllm, generation_groups, gpus_of, installed_vllm
+from megatron_spin.run.estimate import DiskEstimate, estimate_disk
 from megatron_spin.run.plan import Plan, PlannedPhase
 from megatron_spin.run.result import num_played
 from megatron_spin.spin.objective import build_objective, num_iterations
-
-CHECKPOINT_BYTES = 18
-"""Bytes per parameter of a trained model: fp32 weights, two fp32 moments, fp32 or bf16 model weights, the export."""
 
 WEIGHT_FILES = ("*.safetensors",)
 
@@ -42,8 +40,10 @@ def check(plan: Plan, phases: Sequence[PlannedPhase]) -> None:
     if "prepare" in kinds:
         _check_data(config)
     _check_engines(config, [phase for phase in todo if phase.kind in ("generate", "evaluate")])
-    models = kinds.count("import") + kinds.count("train")
-    _check_disk(plan.run_dir.root, Path(config.model.hf), models)
+    disk = estimate_disk(
+        config, _num_parameters(Path(config.model.hf)), imports=kinds.count("import"), models=kinds.count("train")
+    )
+    _check_disk(plan.run_dir.root, disk)
 
 
 def _check_baselines(plan: Plan) -> None:
@@ -97,23 +97,29 @@ def _check_engines(config: Config, phases: Sequence[PlannedPhase]) -> None:
         check_vllm(config.device, gpus_of(config), installed)
 
 
-def _check_disk(root: Path, hf: Path, models: int) -> None:
-    """Refuses a run that surely cannot finish its next model, warns if it may not finish all; old checkpoints stay."""
+def _num_parameters(hf: Path) -> int:
+    """Parameters of the model in ``hf``, by the size of its files."""
+    weights = sum(file.stat().st_size for pattern in WEIGHT_FILES for file in hf.glob(pattern))
+    model = read_json(hf / "config.json")
+    return weights // (4 if model.get("dtype", model.get("torch_dtype")) == "float32" else 2)
+
+
+def _check_disk(root: Path, disk: DiskEstimate) -> None:
+    """Refuses a run that cannot finish its next model, warns if it cannot finish all."""
     existing = root
     while not existing.exists():
         existing = existing.parent
-    weights = sum(file.stat().st_size for pattern in WEIGHT_FILES for file in hf.glob(pattern))
-    model = read_json(hf / "config.json")
-    bytes_per_parameter = 4 if model.get("dtype", model.get("torch_dtype")) == "float32" else 2
-    each = weights // bytes_per_parameter * CHECKPOINT_BYTES
     free = shutil.disk_usage(existing).free
-    if models and free < each:
+    if free < disk.next_model:
         raise RunDirError(
-            f"{existing} has {_gb(free)} free, one trained model takes about {_gb(each)}: free some space or choose "
-            "another --run-dir"
+            f"{existing} has {_gb(free)} free, one trained model takes up to {_gb(disk.next_model)} while it is made: "
+            "free some space, lower training.keep_checkpoints or choose another --run-dir"
         )
-    if free < each * models:
-        logger.warning(f"{existing} has {_gb(free)} free, this run may take {_gb(each * models)}")
+    if free < disk.peak:
+        logger.warning(
+            f"{existing} has {_gb(free)} free, this run takes up to {_gb(disk.peak)} and leaves {_gb(disk.resident)}: "
+            "free some space or lower training.keep_checkpoints"
+        )
 
 
 def _gb(count: float) -> str:

@@ -97,5 +97,5 @@ def test_preflight_refuses_a_run_of_another_configuration(raw: dict[str, Any], t
 def test_preflight_refuses_a_model_that_no_disk_holds(raw: dict[str, Any], tmp_path: Path) -> None:
     os.truncate(tmp_path / "model/model.safetensors", 10**13)  # sparse: takes no space
     plan = Plan(from_dict(raw), RunDir(tmp_path / "run"))
-    with pytest.raises(RunDirError, match="one trained model takes about"):
+    with pytest.raises(RunDirError, match="one trained model takes up to"):
         check_all(plan, plan.phases())
