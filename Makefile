@@ -85,7 +85,7 @@ test-slow: setup ## the long tests, at most 45 minutes more
 	$(RUN) -m pytest -m slow
 
 test-latest: $(LATEST_VENV)/.setup-done ## unit and distributed tests with the newest Megatron and Transformer Engine
-	$(LATEST_VENV)/bin/python -m pytest -m "not slow" -rs -n logical --dist loadfile tests/unit tests/distributed
+	$(LATEST_VENV)/bin/python -m pytest -m "not slow" -rsfE -n logical --dist loadfile tests/unit tests/distributed
 
 # Python 3.12 with torch's CUDA build on the CPU; Transformer Engine's extension is built once and kept outside the clone.
 $(LATEST_VENV)/.setup-done: requirements-latest.lock scripts/transformer_engine_wheel.sh setup.py pyproject.toml

@@ -36,15 +36,13 @@ def check_layer_spec(config: Config, device_type: str) -> None:
         DeviceError: Transformer Engine was asked for in fp32, or is not there, or the device is a CPU; or it is
             installed on a GPU machine and does not work there, whatever was asked for.
     """
-    available = device_type == "cuda" and has_transformer_engine()
-    if config.layer_spec != "transformer_engine":
-        return
-    if config.precision.dtype == "fp32":
+    if config.layer_spec == "transformer_engine" and config.precision.dtype == "fp32":
         raise DeviceError(
             "layer_spec=transformer_engine does not compute in precision.dtype=fp32, since Transformer Engine "
             "multiplies fp32 matrices in TF32: set layer_spec: local, or precision.dtype: bf16"
         )
-    if not available:
+    available = device_type == "cuda" and has_transformer_engine()
+    if config.layer_spec == "transformer_engine" and not available:
         raise DeviceError(
             "layer_spec=transformer_engine needs a GPU and Transformer Engine installed: continue where both are, or "
             "begin a run with layer_spec: auto or local"

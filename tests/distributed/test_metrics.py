@@ -24,9 +24,9 @@ def trained_without_room(config: Config, pairs: list[TokenPair], directory: Path
     begun = []
     take_step = trainer.step
 
-    def noted_step(number: int) -> dict[str, Any]:
+    def noted_step(number: int, gate: Callable[[float], None] | None = None) -> dict[str, Any]:
         begun.append(number)
-        row: dict[str, Any] = take_step(number)
+        row: dict[str, Any] = take_step(number, gate)
         return row
 
     trainer.step = noted_step
@@ -35,7 +35,9 @@ def trained_without_room(config: Config, pairs: list[TokenPair], directory: Path
     )
     try:
         with writer:
-            trainer.run(writer, checkpoints=directory, done=0, every=9, keep=1, state={}, gate=None)
+            trainer.run(
+                writer, checkpoints=directory, done=0, every=9, keep=1, resharding="data_parallel", state={}, gate=None
+            )
     except OSError as error:
         return str(error), len(begun)
     finally:

@@ -7,7 +7,7 @@ they run the product's code for CUDA, which a CPU otherwise never takes, and 70B
 
 What they do not show:
 
-- values: a scalar that the host reads is 1 (``False`` if it is a truth value), and so are the elements of a list;
+- values: a number that the host reads is 1.0, a whole number is 0 and a truth value false;
 - the backward pass: each parameter gets a gradient of its own shape and dtype, and DistributedDataParallel's hook for
   it runs, but no operation's derivative;
 - scalars: torch lets a 0-dimensional CPU tensor take part in an operation on a GPU;
@@ -80,7 +80,7 @@ def _leaves(source: torch.Tensor, target: torch.device) -> bool:
 def _scalar(dtype: torch.dtype) -> bool | int | float:
     if dtype == torch.bool:
         return False
-    return 1.0 if dtype.is_floating_point else 1
+    return 1.0 if dtype.is_floating_point else 0
 
 
 def install() -> None:

@@ -60,9 +60,7 @@ def both(dtype: torch.dtype, vocab_size: int, chunk: int) -> list[tuple[torch.Te
 @pytest.mark.parametrize("padding", [0, 5, 24])
 @pytest.mark.parametrize("chunk", [1, 5 * WIDTH, 2**23])
 def test_values_and_gradients_are_megatrons(world: World, dtype: torch.dtype, padding: int, chunk: int) -> None:
-    vocab_size = world.size * WIDTH - padding
-    if not vocab_size:
-        pytest.skip("one rank has a whole vocabulary of padding on two ranks only")
+    vocab_size = max(1, world.size * WIDTH - padding)  # the second of two ranks may hold padding alone
     for (losses, gradient), (expected, expected_gradient) in world.run(both, dtype, vocab_size, chunk):
         assert losses.dtype == torch.float32
         assert torch.equal(losses, expected)

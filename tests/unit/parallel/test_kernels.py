@@ -98,7 +98,7 @@ def test_a_broken_transformer_engine_is_named(tmp_path: Path, source: str, reaso
     """As left by a build for another torch: the distribution is there, the import fails."""
     package = tmp_path / "transformer_engine" / "pytorch"
     package.mkdir(parents=True)
-    (package.parent / "__init__.py").touch()
+    (package.parent / "__init__.py").write_text("__version__ = '2.10.0'")
     (package / "__init__.py").write_text(source)
     metadata = tmp_path / "transformer_engine-2.10.0.dist-info"
     metadata.mkdir()
