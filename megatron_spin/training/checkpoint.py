@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spin.conversion.parameters import finish_param_gather, unwrap
 from megatron_spin.errors import CheckpointError, SpinError
-from megatron_spin.parallel.collectives import on_rank_zero
+from megatron_spin.parallel.collectives import on_rank_zero, raised_everywhere
 from megatron_spin.parallel.cpu_device import megatron_region
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.processes import forks_die_with_us
@@ -237,8 +237,29 @@ def _load_weights(
     _set_weights(model, _load(verified, sharded, dims))
 
 
+class _AgreedLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc] # Megatron has no types
+    """Megatron's strategy, whose errors reach all ranks.
+
+    From 0.17 on each rank reads by itself, and the others would wait for one that failed in the exchange that follows.
+    """
+
+    def __init__(self, path: Path, dims: ParallelDims) -> None:
+        super().__init__()
+        self._path = path
+        self._dims = dims
+
+    def load(self, *arguments: Any) -> Any:
+        loaded = None
+        with raised_everywhere(self._dims):
+            try:
+                loaded = super().load(*arguments)
+            except UNREADABLE as error:
+                raise _unreadable(self._path, error) from error
+        return loaded
+
+
 def _load(verified: Verified, sharded: dict[str, Any], dims: ParallelDims) -> dict[str, Any]:
-    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), dims.pg_collection.dp_cp)
+    strategy = FullyParallelLoadStrategyWrapper(_AgreedLoad(verified.path, dims), dims.pg_collection.dp_cp)
     loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(verified.path), strategy)
     return loaded
 

@@ -170,6 +170,7 @@ class PeakMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
+        self._current = 0
         self._alive: dict[int, list[int]] = {}  # address: bytes, number of tensors
         self._known: set[int] = set()
 
@@ -190,10 +191,11 @@ class PeakMemory(TorchDispatchMode):
         if not address or address in self._known:
             return
         entry = self._alive.setdefault(address, [0, 0])
+        self._current += max(storage.nbytes() - entry[0], 0)
         entry[0] = max(entry[0], storage.nbytes())
         entry[1] += 1
         weakref.finalize(tensor, self._drop, address)
-        self.peak = max(self.peak, sum(size for size, _ in self._alive.values()))
+        self.peak = max(self.peak, self._current)
 
     def _drop(self, address: int) -> None:
         entry = self._alive.get(address)
@@ -201,6 +203,7 @@ class PeakMemory(TorchDispatchMode):
             entry[1] -= 1
             if not entry[1]:
                 del self._alive[address]
+                self._current -= entry[0]
 
 
 def peaks(config: Config, directory: Path) -> dict[str, Any]:
