@@ -237,7 +237,7 @@ def _load_weights(
     _set_weights(model, _load(verified, sharded, dims))
 
 
-class _AgreedLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc] # Megatron has no types
+class _AgreedLoad(TorchDistLoadShardedStrategy):
     """Megatron's strategy, whose errors reach all ranks.
 
     From 0.17 on each rank reads by itself, and the others would wait for one that failed in the exchange that follows.
