@@ -27,7 +27,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-slow test-latest lint quickstart bench clean
+.PHONY: help setup test test-slow test-latest lint check-ranges quickstart bench clean
 
 help: ## what can be made
 	@echo 'usage: make TARGET'
@@ -110,6 +110,9 @@ lint: setup ## ruff, mypy, import-linter, codespell and shellcheck over everythi
 	$(VENV)/bin/codespell
 	$(VENV)/bin/shellcheck .ci/run \
 	  $$(find . -path './.*' -prune -o -path ./runs -prune -o \( -name '*.sh' -o -name '*.sbatch' \) -print)
+
+check-ranges: setup ## each lower bound of setup.py installed and imported, 10 minutes and 6 GB for a while
+	$(RUN) -m scripts.check_ranges
 
 quickstart: setup ## self-play end to end on this machine; DATA=FILE for your own SFT data [EVAL= OUT= ENGINE= SEED=]
 	examples/quickstart/quickstart.sh $(foreach name,DATA EVAL OUT ENGINE SEED,$(if $($(name)),'$(name)=$($(name))'))
