@@ -104,6 +104,9 @@ def test_the_state_of_fused_adam_comes_back(world: Worlds, tmp_path: Path, ranks
         assert state.bias_correction == (name == "adam")
         assert state.loaded_steps == state.saved_steps
         assert_equal(state.loaded, state.saved)
+        for carried_over, saved in zip(state.carried_over, state.saved, strict=True):
+            assert torch.equal(carried_over["param"], saved["param"])
+            assert not any(carried_over[moment].any() for moment in ("exp_avg", "exp_avg_sq") if moment in carried_over)
 
 
 def assert_equal(actual: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]) -> None:

@@ -136,10 +136,12 @@ class OptimizerState:
     saved_steps: list[int]
     """Of each parameter group."""
     loaded_steps: list[int]
+    carried_over: list[dict[str, torch.Tensor]]
+    """What another fresh one holds after a load of the checkpoint that an iteration ends with."""
 
 
 def optimizer_roundtrip(hf_dir: Path, directory: Path, name: str, dtype: str) -> OptimizerState:
-    """Saves an optimizer as it is after three steps, and loads it into a fresh one."""
+    """Saves an optimizer as it is after three steps, and loads it into fresh ones."""
     config = config_of(
         hf_dir, {}, "transformer_engine", precision={"dtype": dtype}, training={"optimizer": {"optimizer": name}}
     )
@@ -154,15 +156,21 @@ def optimizer_roundtrip(hf_dir: Path, directory: Path, name: str, dtype: str) ->
         group["step"] = 3
         for parameter in group["params"]:
             inner.initialize_state(parameter, False)
+            if dtype == "bf16":
+                parameter.data.add_(1e-5)  # what the model's own copy cannot hold
             for moment in ("exp_avg", "exp_avg_sq"):
                 state = inner.state[parameter][moment]
                 state.copy_(torch.rand(state.shape, generator=generator))
     saved = _state(inner)
     save_checkpoint(directory, 3, model, dims=dims, optimizer=optimizer)
+    save_checkpoint(directory / "last", 3, model, dims=dims, optimizer=optimizer, moments=False)
 
     model, optimizer, dims = _optimized(config)
     load_checkpoint(directory, model, dims=dims, optimizer=optimizer)
     [loaded] = inner_optimizers(optimizer)
+    model, optimizer, dims = _optimized(config)
+    load_checkpoint(directory / "last", model, dims=dims, optimizer=optimizer, moments=False)
+    [carried_over] = inner_optimizers(optimizer)
     return OptimizerState(
         kind=type(inner).__name__,
         bias_correction=bool(inner.param_groups[0]["bias_correction"]),
@@ -170,6 +178,7 @@ def optimizer_roundtrip(hf_dir: Path, directory: Path, name: str, dtype: str) ->
         loaded=_state(loaded),
         saved_steps=_steps(inner),
         loaded_steps=_steps(loaded),
+        carried_over=_state(carried_over),
     )
 
 
