@@ -201,7 +201,7 @@ def load_checkpoint(
                 _load_weights(verified, model, content, dims, main=False)
         except UNREADABLE as error:
             raise _unreadable(path, error) from error
-    return {**common["spin"], "step": step}
+    return {**common.get("spin", {}), "step": step}  # another Megatron tool's has none
 
 
 def _load_all(

@@ -28,6 +28,8 @@ from megatron_spin.training.safe_load import METADATA_FILE, plain_data_only, rea
 CHECKSUMS = "checksums.json"
 TENSOR_FILE = ".distcp"
 """Suffix of the files of tensors; all others are small."""
+NFS_LEFTOVER = ".nfs"
+"""How the name of a file begins that was removed while a process had it open. It vanishes when that process ends."""
 BLOCK = 2**22
 """Bytes that are hashed at a time: a tensor is not held twice."""
 
@@ -173,7 +175,8 @@ def _tensor_ranges(metadata: Metadata) -> dict[str, list[tuple[int, int]]]:
 
 def _small_files(path: Path) -> list[str]:
     files = (file for file in path.rglob("*") if file.is_file())
-    return sorted(str(file.relative_to(path)) for file in files if file.suffix != TENSOR_FILE)
+    small = (file for file in files if file.suffix != TENSOR_FILE and not file.name.startswith(NFS_LEFTOVER))
+    return sorted(str(file.relative_to(path)) for file in small)
 
 
 def _writer(name: str) -> int:

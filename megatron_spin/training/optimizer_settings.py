@@ -4,10 +4,8 @@ from megatron_spin.config import Config
 from megatron_spin.errors import ConfigError
 
 OPTIMIZERS = ("adam", "rmsprop", "sgd")
-REFUSED_BY_RMSPROP = ("adam_beta1", "sgd_momentum", "optimizer_cpu_offload")
-"""Fields of ``OptimizerConfig`` that would be ignored: RMSProp has no momentum here, and Megatron's offloading knows
-Adam and SGD alone.
-"""
+REFUSED_BY_RMSPROP = ("adam_beta1", "sgd_momentum")
+"""Fields of ``OptimizerConfig`` that would be ignored: RMSProp has no momentum here."""
 COMMON_FIELDS = {
     "optimizer",
     "clip_grad",
@@ -36,6 +34,12 @@ def check_optimizer(config: Config) -> None:
         raise ConfigError(
             "training.optimizer.store_param_remainders=true leaves no main weights that the next iteration could start "
             "from: leave it out"
+        )
+    if given.get("optimizer_cpu_offload"):
+        # Megatron's HybridDeviceOptimizer keeps copies of its own, which a checkpoint's main weights do not reach.
+        raise ConfigError(
+            "training.optimizer.optimizer_cpu_offload=true keeps main weights where the next iteration cannot take "
+            "them over: leave it out, and shard the optimizer state with parallel.use_distributed_optimizer=true"
         )
     if given["optimizer"] != "rmsprop":
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_spin.errors import CheckpointError
 from megatron_spin.io import atomic_writer
+from megatron_spin.log import logger
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -89,8 +90,16 @@ def publish(directory: Path, step: int, *, keep: int | None) -> None:
         if not path.is_dir() or not number.isdigit() or int(number) == step:
             continue
         if int(number) > step:
-            shutil.rmtree(path)
+            _remove(path)
         else:
             lower.append(path)
-    for path in lower[: len(lower) - (keep - 1)]:
-        shutil.rmtree(path)
+    surplus = max(len(lower) - (keep - 1), 0)
+    for path in lower[:surplus]:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes an old checkpoint. One that stays is no reason to end a training, whose new checkpoint is complete."""
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        logger.warning(f"{path} could not be removed, perhaps because somebody reads it: the next save tries again")

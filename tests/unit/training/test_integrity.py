@@ -103,6 +103,15 @@ def test_a_tensor_without_a_checksum_is_not_read(checkpoint: Path) -> None:
         read(checkpoint, "first")
 
 
+def test_what_nfs_leaves_behind_is_not_part_of_a_checkpoint(checkpoint: Path) -> None:
+    leftover = checkpoint / ".nfs000000000001a2b300000001"
+    leftover.write_text("of a process that was killed")
+    (checkpoint / CHECKSUMS).unlink()
+    write_checksums(checkpoint, ALONE)
+    leftover.unlink()
+    assert torch.equal(read(checkpoint, "first")["first"], WEIGHTS["first"])
+
+
 def test_the_writing_version_is_recorded(checkpoint: Path) -> None:
     sums = verify(checkpoint, ALONE).checksums
     assert sums is not None and str(sums.megatron_core).startswith("0.")

@@ -1,5 +1,6 @@
 """What the tracker names is a complete checkpoint, whatever is killed and whatever is removed."""
 
+import errno
 import multiprocessing
 import os
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_spin import log
 from megatron_spin.errors import CheckpointError
 from megatron_spin.training.tracker import TRACKER, checkpoint_path, latest_step, make_partial, publish
 
@@ -33,17 +35,42 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("iter_")) for path in directory.glob("iter_*"))
 
 
-def test_the_newest_stay(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4):
-        write(tmp_path, step, f"of {step}", keep=2)
-    assert steps(tmp_path) == [3, 4]
-    assert content(tmp_path) == "of 4"
+@pytest.mark.parametrize("keep", range(1, 7))
+def test_the_newest_stay(tmp_path: Path, keep: int) -> None:
+    written = []
+    for step in range(1, 8):
+        write(tmp_path, step, f"of {step}", keep=keep)
+        written.append(step)
+        assert steps(tmp_path) == written[-keep:]
+        assert content(tmp_path) == f"of {step}"
 
 
-def test_only_the_one_just_written_stays_with_keep_1(tmp_path: Path) -> None:
-    write(tmp_path, 1, "of 1", keep=1)
-    write(tmp_path, 2, "of 2", keep=1)
-    assert steps(tmp_path) == [2]
+def _write_beside_a_reader(directory: Path, step: int) -> None:
+    """Writes a checkpoint, the only one to stay, while a file of the older ones cannot be removed."""
+
+    def refuse(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.remove" and arguments[0] == "common.pt":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), "common.pt")
+
+    sys.addaudithook(refuse)
+    log.setup()
+    write(directory, step, f"of {step}", keep=1)
+
+
+@pytest.mark.parametrize("step", [2, 4], ids=["a higher step", "a lower step"])
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_a_save(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], step: int
+) -> None:
+    write(tmp_path, 3, "of 3")
+    process = FORK.Process(target=_write_beside_a_reader, args=(tmp_path, step))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert content(tmp_path) == f"of {step}"
+    [line] = capfd.readouterr().err.splitlines()
+    assert f"{tmp_path / 'iter_0000003'} could not be removed" in line
+    write(tmp_path, 5, "of 5", keep=1)
+    assert steps(tmp_path) == [5]
 
 
 def test_a_training_that_went_back_drops_the_higher_steps_and_not_its_own(tmp_path: Path) -> None:
