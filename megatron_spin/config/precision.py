@@ -19,3 +19,10 @@ class PrecisionConfig:
     def export_dtype(self) -> Literal["fp32", "bf16"]:
         """``export``, or the compute dtype."""
         return self.export or self.dtype
+
+    @property
+    def shared_dtype(self) -> Literal["fp32", "bf16"]:
+        """The dtype in which a policy and the model that it was exported as or imported from have equal weights: the
+        coarser of the two.
+        """
+        return "bf16" if "bf16" in (self.dtype, self.export_dtype) else "fp32"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_spin.conversion.identity_record import RECORD, file_states, keep_identities
 from megatron_spin.conversion.records import Export, Parity
 from megatron_spin.conversion.stream import HfStream
 from megatron_spin.errors import CheckpointError
@@ -91,9 +92,11 @@ def export_hf(
                 marker: dict[str, Any] = {"identity": hasher.hexdigest(), "dtype": dtype}
                 if step is not None:
                     marker["step"] = step
+                written = file_states(temporary, temporary / RECORD)
                 if verify is not None:
                     parity = verify(temporary)
                     marker |= dataclasses.asdict(parity)
+                keep_identities(temporary, {dtype: hasher.hexdigest()}, temporary / RECORD, before=written)
                 (temporary / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
                 _replace(temporary, out_dir)
     except BaseException:

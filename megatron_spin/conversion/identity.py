@@ -3,7 +3,7 @@
 Names, shapes and bytes count; buffers, a tied copy of the embedding and the layout of files and ranks do not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -29,16 +29,24 @@ def identity(hf_dir: Path, dtype: str) -> str:
     Raises:
         CheckpointError: the directory has no readable safetensors.
     """
+    return identities(hf_dir, [dtype])[dtype]
+
+
+def identities(hf_dir: Path, dtypes: Collection[str]) -> dict[str, str]:
+    """:func:`identity` in each of ``dtypes``, from one pass over the files. Raises as that."""
     hf_config = read_hf_config(hf_dir)
     tied = bool(hf_config.get("tie_word_embeddings", False))
     family = families().get(hf_config.get("model_type", ""))
-    hasher = IdentityHasher(dtype)
+    hashers = {dtype: IdentityHasher(dtype) for dtype in dtypes}
     files = TensorFiles(hf_dir)
     for name in files.names:
         is_copy = family is not None and family.is_tied_copy(name, tied=tied)
-        if not is_copy and not is_buffer(name):
-            hasher.add(name, files.read(name))
-    return hasher.hexdigest()
+        if is_copy or is_buffer(name):
+            continue
+        tensor = files.read(name)
+        for hasher in hashers.values():
+            hasher.add(name, tensor)
+    return {dtype: hasher.hexdigest() for dtype, hasher in hashers.items()}
 
 
 def streamed_identity(model: Sequence[torch.nn.Module], hf_config: HfConfig, dims: ParallelDims, dtype: str) -> str:

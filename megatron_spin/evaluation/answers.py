@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spin.config import Config, Engine, at_iteration
-from megatron_spin.conversion.identity import identity
+from megatron_spin.conversion.identity_record import RECORD, kept_identities
 from megatron_spin.data.rows import Row
 from megatron_spin.generation.engine import Completion, answer_caps, engine_settings, open_session
 from megatron_spin.io import atomic_writer
 from megatron_spin.log import Progress
-from megatron_spin.run.directory import Target
+from megatron_spin.run.directory import RunDir, Target
 
 CACHE = "eval_samples.jsonl"
 
@@ -36,9 +36,12 @@ class EvaluatedModel:
         Raises:
             CheckpointError: it has no readable weights.
         """
-        # The starting model is never exported: it is evaluated where it is.
-        hf = Path(config.model.hf) if target.baseline == "sft" else target.hf
-        return cls(hf, target, identity(hf, config.precision.export_dtype))
+        hf, record = target.hf, target.hf / RECORD
+        if target.baseline == "sft":
+            # The starting model is never exported: it is evaluated where it is.
+            hf, record = Path(config.model.hf), RunDir(target.root).base / RECORD
+        dtype = config.precision.export_dtype
+        return cls(hf, target, kept_identities(hf, {dtype}, record)[dtype])
 
 
 @dataclasses.dataclass(frozen=True)

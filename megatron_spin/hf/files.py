@@ -87,15 +87,7 @@ class TensorFiles:
         check_directory(self.directory)
         if (self.directory / SINGLE_FILE).is_file():
             return self._headers_of(SINGLE_FILE)
-        index = self.directory / INDEX_FILE
-        if not index.is_file():
-            raise CheckpointError(
-                f"{self.directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}: "
-                "save it with transformers' save_pretrained"
-            )
-        weight_map: dict[str, str] | None = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} has no weight_map: copy the model again")
+        weight_map = _weight_map(self.directory)
         present = {file: self._headers_of(file) for file in sorted(set(weight_map.values()))}
         headers = {}
         for name, file in weight_map.items():
@@ -120,6 +112,31 @@ class TensorFiles:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is corrupted or truncated ({error}): copy the model again") from None
         return headers
+
+
+def weight_files(hf_dir: Path) -> list[str]:
+    """Names of the files that hold the weights, the index among them if there is one.
+
+    Raises:
+        CheckpointError: there are no safetensors, or the index is damaged.
+    """
+    check_directory(hf_dir)
+    if (hf_dir / SINGLE_FILE).is_file():
+        return [SINGLE_FILE]
+    return [INDEX_FILE, *sorted(set(_weight_map(hf_dir).values()))]
+
+
+def _weight_map(hf_dir: Path) -> dict[str, str]:
+    """Tensor name to file name, from the index."""
+    index = hf_dir / INDEX_FILE
+    if not index.is_file():
+        raise CheckpointError(
+            f"{hf_dir} holds neither {SINGLE_FILE} nor {INDEX_FILE}: save it with transformers' save_pretrained"
+        )
+    weight_map: dict[str, str] | None = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no weight_map: copy the model again")
+    return weight_map
 
 
 def write_safetensors(

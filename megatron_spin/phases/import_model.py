@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spin.config import Config
-from megatron_spin.conversion.identity import identity, streamed_identity
+from megatron_spin.conversion.identity import identities, streamed_identity
+from megatron_spin.conversion.identity_record import RECORD, file_states, keep_identities
 from megatron_spin.conversion.load import load_hf
 from megatron_spin.conversion.parity import BOUNDS, check_parity, parity_sample, random_sequences
 from megatron_spin.conversion.records import Converted, Parity
 from megatron_spin.errors import CheckpointError, GateError
 from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets, read_hf_config, set_dtype
 from megatron_spin.log import logger
+from megatron_spin.models.family import HfConfig
 from megatron_spin.models.provider import build_model
 from megatron_spin.parallel.check import check_config
-from megatron_spin.parallel.collectives import gather_objects, raised_everywhere
+from megatron_spin.parallel.collectives import gather_objects, on_rank_zero, raised_everywhere
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.layout import alignment
 from megatron_spin.parallel.setup import choose_device, initialize
@@ -46,6 +48,14 @@ class ImportModel:
         return {**details, STACK: resolve_stack(self.config, self._device).as_record()}
 
 
+def _source_config(source: Path, checkpoint: Path) -> HfConfig:
+    """The model's config.json, if ``checkpoint`` holds no training."""
+    step = latest_step(checkpoint)
+    if step:
+        raise CheckpointError(f"{checkpoint} holds a checkpoint of step {step}: import into another directory")
+    return read_hf_config(source)
+
+
 def import_model(config: Config, checkpoint: Path, *, dims: ParallelDims) -> Converted:
     """Writes the Hugging Face model ``config.model.hf`` as the checkpoint of step 0; a collective.
 
@@ -58,11 +68,7 @@ def import_model(config: Config, checkpoint: Path, *, dims: ParallelDims) -> Con
     """
     source = Path(config.model.hf)
     dtype = config.precision.dtype
-    with raised_everywhere(dims):
-        hf_config = read_hf_config(source)
-        step = latest_step(checkpoint)
-        if step:
-            raise CheckpointError(f"{checkpoint} holds a checkpoint of step {step}: import into another directory")
+    hf_config = on_rank_zero(dims, lambda: _source_config(source, checkpoint))
     model = build_model(config, dims)
     load_hf(model, source, dims)
     found = streamed_identity(model, hf_config, dims, dtype)
@@ -70,7 +76,9 @@ def import_model(config: Config, checkpoint: Path, *, dims: ParallelDims) -> Con
     parity: Parity | None = None
     with raised_everywhere(dims):
         if dims.rank == 0:
-            expected = identity(source, dtype)
+            before = file_states(source, checkpoint / RECORD)
+            known = identities(source, {dtype, config.precision.export_dtype})
+            expected = known[dtype]
             if found != expected:
                 raise GateError(
                     f"the model loaded from {source} streams back with identity {found}, not {expected}: "
@@ -79,6 +87,7 @@ def import_model(config: Config, checkpoint: Path, *, dims: ParallelDims) -> Con
             parity = check_parity(source, sample, dtype=dtype, bound=BOUNDS[dtype], device=dims.device)
             copy_assets(source, checkpoint / CHECKPOINT_ASSETS)
             set_dtype(checkpoint / CHECKPOINT_ASSETS, dtype)
+            keep_identities(source, known, checkpoint / RECORD, before=before)
     save_checkpoint(checkpoint, 0, model, dims=dims)
     parity = gather_objects(parity, dims)[0]
     assert parity is not None  # rank 0 measured it

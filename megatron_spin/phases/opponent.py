@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from megatron_spin.config import Config
-from megatron_spin.conversion.identity import identity
+from megatron_spin.conversion.identity_record import RECORD, kept_identities
 from megatron_spin.data.pairs import PairsManifest
 from megatron_spin.errors import GateError, RunDirError
 from megatron_spin.run.directory import RunDir, Target
@@ -21,10 +21,14 @@ class Opponent:
     """Megatron checkpoint directory of the same weights, in the trainer's own precision."""
     identity: str
     """Identity of the weights in ``hf``, as they are now."""
+    shared_identity: str
+    """The same in ``precision.shared_dtype``: that of a policy which starts from them."""
 
 
 def read_opponent(config: Config, run_dir: RunDir, iteration: int) -> Opponent:
-    """The opponent of ``iteration``; reads all its weights.
+    """The opponent of ``iteration``; reads all its weights unless their identity is on record.
+
+    Of several ranks one calls it for all.
 
     Raises:
         RunDirError: the previous iteration has not been exported, or the export was changed since.
@@ -35,7 +39,10 @@ def read_opponent(config: Config, run_dir: RunDir, iteration: int) -> Opponent:
         raise RunDirError(
             f"{hf} does not exist: iteration {iteration - 1} must be trained and exported first; run tools/spin.sh"
         )
-    found = identity(hf, config.precision.export_dtype)
+    precision = config.precision
+    kept = run_dir.base / RECORD if iteration == 0 else hf / RECORD
+    known = kept_identities(hf, {precision.export_dtype, precision.shared_dtype}, kept)
+    found = known[precision.export_dtype]
     record = run_dir.record(f"export:{iteration - 1}")
     exported = record.details.get("identity") if record is not None else None
     if exported is not None and found != exported:
@@ -43,7 +50,12 @@ def read_opponent(config: Config, run_dir: RunDir, iteration: int) -> Opponent:
             f"the opponent {hf} is {found[:12]}..., but iteration {iteration - 1} exported {exported[:12]}...: its "
             "weights were changed since; export again"
         )
-    return Opponent(hf=hf, checkpoint=run_dir.opponent_checkpoint(iteration), identity=found)
+    return Opponent(
+        hf=hf,
+        checkpoint=run_dir.opponent_checkpoint(iteration),
+        identity=found,
+        shared_identity=known[precision.shared_dtype],
+    )
 
 
 def check_made_for(opponent: Opponent, target: Target, manifest: PairsManifest, config: Config) -> None:

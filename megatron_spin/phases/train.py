@@ -21,12 +21,12 @@ from megatron_spin.errors import ConfigError, GateError, RunDirError
 from megatron_spin.hf.assets import CHECKPOINT_ASSETS, copy_assets, read_hf_config
 from megatron_spin.log import logger
 from megatron_spin.parallel.check import check_config
-from megatron_spin.parallel.collectives import on_rank_zero
+from megatron_spin.parallel.collectives import gather_objects, on_rank_zero
 from megatron_spin.parallel.kernels import announce, layer_spec
 from megatron_spin.parallel.layout import alignment
 from megatron_spin.parallel.setup import choose_device, initialize, join
 from megatron_spin.parallel.stack import Stack, resolve_stack, stack_changes
-from megatron_spin.phases.opponent import check_made_for, read_opponent
+from megatron_spin.phases.opponent import Opponent, check_made_for, read_opponent
 from megatron_spin.processes import rank, world_size
 from megatron_spin.run.directory import RunDir, Target
 from megatron_spin.run.result import num_played
@@ -60,10 +60,10 @@ class Inputs:
     objective: Objective
     sampler: BatchSampler
     plan: StepPlan
-    opponent: str | None = None
-    """Identity of the opponent; None if the objective compares no answers."""
     pairs: str | None = None
-    """Identity of the pairs; None likewise."""
+    """Identity of the pairs; None if the objective compares no answers."""
+    opponent: Opponent | None = None
+    """None likewise; rank 0 reads it, once there is a process group."""
 
 
 class Train:
@@ -81,7 +81,14 @@ class Train:
         self.config = on_rank_zero(ranks, lambda: as_started(self.run_dir, self.config))
         check_config(self.config, self._device.type, world_size=world_size())
         optimizer_config(self.config, learning_rate=1.0)
-        self._inputs = read_inputs(self.config, self.run_dir, self.target)
+        inputs = read_inputs(self.config, self.run_dir, self.target)
+        self._inputs = dataclasses.replace(inputs, plan=on_rank_zero(ranks, lambda: inputs.plan))
+        seen = gather_objects((len(inputs.examples), inputs.pairs), ranks)
+        if len(set(seen)) > 1:
+            raise RunDirError(
+                f"the ranks see different examples in {self.run_dir.root} ({seen}): its file system shows some of them "
+                "an older state; run again"
+            )
         reported_names(self._inputs.objective)  # refuses names that are taken
 
     def run(self) -> dict[str, Any]:
@@ -101,21 +108,17 @@ def read_inputs(config: Config, run_dir: RunDir, target: Target) -> Inputs:
     Raises:
         ConfigError: the target is the model that the run starts from, which is not trained.
         RunDirError: an earlier phase has not finished.
-        GateError: the pairs were made for another opponent.
         DataError: there are too few examples for one batch.
     """
     if target.baseline is not None:
         return _baseline_inputs(config, run_dir, target.baseline)
     iteration = target.iteration or 0
     objective = build_objective(config, iteration)
-    opponent, pairs_identity = None, None
+    pairs_identity = None
     if objective.compares():
         pairs = PairsFile(target.pairs, answers=objective.answers)
         if rank() == 0:  # one rank for all of them: the others map the same file
             pairs.check()
-        model = read_opponent(config, run_dir, iteration)
-        check_made_for(model, target, pairs.manifest, config)
-        opponent = model.identity
         pairs_identity = pairs.manifest.identity
         examples = examples_of(pairs.table, objective.answers)
     else:
@@ -129,7 +132,6 @@ def read_inputs(config: Config, run_dir: RunDir, target: Target) -> Inputs:
             total=total_steps(config, iteration, len(examples)),
             peak=at_iteration(config.training.learning_rate, iteration),
         ),
-        opponent=opponent,
         pairs=pairs_identity,
     )
 
@@ -198,6 +200,9 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
     dims = initialize(config.parallel, device)
     logger.info(announce(dims, config))
     stack = on_rank_zero(dims, lambda: resolve_stack(config, device))
+    if inputs.pairs is not None:
+        opponent = on_rank_zero(dims, lambda: _opponent(config, run_dir, target))
+        inputs = dataclasses.replace(inputs, opponent=opponent)
     policy = build_policy(
         config,
         inputs.examples,
@@ -226,7 +231,7 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
     if inputs.opponent is not None and not done:
         gate = _first_loss_gate(config, inputs, policy, reference)
     state = {
-        "opponent": inputs.opponent,
+        "opponent": inputs.opponent and inputs.opponent.identity,
         "pairs": inputs.pairs,
         "total": inputs.plan.total,
         "peak": inputs.plan.peak,
@@ -266,6 +271,13 @@ def train(config: Config, run_dir: RunDir, target: Target, inputs: Inputs, devic
     _write_probe(target, policy)
 
 
+def _opponent(config: Config, run_dir: RunDir, target: Target) -> Opponent:
+    """The opponent, for which the pairs must have been made."""
+    opponent = read_opponent(config, run_dir, target.iteration or 0)
+    check_made_for(opponent, target, PairsManifest.load(target.pairs), config)
+    return opponent
+
+
 def _describe(inputs: Inputs) -> str:
     """One line: how many examples, steps and, where an epoch has a rest, how many it drops."""
     unit = "pairs" if inputs.objective.compares() else "sequences"
@@ -281,13 +293,14 @@ def _load_start(policy: Policy, source: Path) -> None:
     load_checkpoint(source, policy.model, dims=policy.dims, optimizer=policy.optimizer, moments=False)
 
 
-def _check_policy_is_opponent(config: Config, policy: Policy, opponent: str) -> None:
+def _check_policy_is_opponent(config: Config, policy: Policy, opponent: Opponent) -> None:
     """Compares the weights in memory with the model that generated the answers."""
     hf_config = read_hf_config(Path(config.model.hf))
-    found = streamed_identity(policy.model, hf_config, policy.dims, config.precision.export_dtype)
-    if found != opponent:
+    expected = opponent.shared_identity
+    found = streamed_identity(policy.model, hf_config, policy.dims, config.precision.shared_dtype)
+    if found != expected:
         raise GateError(
-            f"the policy's weights ({found[:12]}) are not the opponent's ({opponent[:12]}), which generated the "
+            f"the policy's weights ({found[:12]}) are not the opponent's ({expected[:12]}), which generated the "
             "answers: a checkpoint or the exported model was changed since; export again or restore it"
         )
 
@@ -311,7 +324,8 @@ def _reference(
     Returns:
         [N, r] scores, and whether the policy now holds the exported opponent's weights in place of its own.
     """
-    key = {"opponent": inputs.opponent, "pairs": inputs.pairs, "numerics": _numerics(config, policy)}
+    opponent = inputs.opponent and inputs.opponent.identity
+    key = {"opponent": opponent, "pairs": inputs.pairs, "numerics": _numerics(config, policy)}
     # Which prompts share a microbatch, and so its padding, depends on the global batch, too.
     cut = [policy.global_batch_size, config.training.micro_batch_size, alignment(config)]
     cache = ScoreCache(target.pairs, inputs.objective.answers, key, cut, stack.as_record())
@@ -329,8 +343,8 @@ def _reference(
 
 
 def _exports_as_it_computes(config: Config) -> bool:
-    """Whether the exported opponent holds the very weights that the policy computes with."""
-    return config.precision.export_dtype == config.precision.dtype
+    """Whether the exported opponent, in the policy's dtype, has the very weights that the policy computes with."""
+    return config.precision.dtype == config.precision.shared_dtype
 
 
 def _numerics(config: Config, policy: Policy) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.support.roundtrip import read_weights
 from tests.support.runs import metrics, run_tool, tiny_yaml
 from tests.support.world import worlds
 
@@ -29,32 +31,36 @@ def main_weights(directory: str) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("distributed", [True, False])
-def test_main_weights_carry_over_unrounded(tmp_path: Path, distributed: bool) -> None:
-    config, run = (
-        tiny_yaml(tmp_path, precision={"dtype": "bf16"}, parallel={"use_distributed_optimizer": distributed}),
-        tmp_path / "run",
-    )
-    arguments = (config, "--run-dir", run, "training.learning_rate=[1.0e-3, 1.0e-12]", "training.steps=2")
+def two_iterations(directory: Path, settings: dict[str, Any], *overrides: str) -> Path:
+    """The run directory of two iterations of two steps each, which begin with loss(0)."""
+    config, run = tiny_yaml(directory, **settings), directory / "run"
+    arguments = (config, "--run-dir", run, *overrides, "training.steps=2")
+    as_option = ("--config", *arguments)
     run_tool("prepare.py", *arguments)
-    run_tool("import_hf.py", "--hf", tmp_path / "model", "--checkpoint", run / "base", "--config", *arguments)
+    run_tool("import_hf.py", *as_option)
     for iteration in (0, 1):
         run_tool("generate.py", *arguments, "--iteration", iteration)
         run_tool("train.py", *arguments, "--iteration", iteration)
-        target = run / f"iteration_{iteration}"
-        run_tool(
-            "export_hf.py",
-            "--checkpoint",
-            target / "checkpoints",
-            "--hf",
-            target / "hf",
-            "--config",
-            *arguments,
-            "--iteration",
-            iteration,
-        )
-        assert metrics(target / "metrics.jsonl")[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+        run_tool("export_hf.py", *as_option, "--iteration", iteration)
+        first, *_ = metrics(run / f"iteration_{iteration}/metrics.jsonl")
+        assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    return run
+
+
+def test_a_bf16_policy_of_an_fp32_model_exports_in_fp32(tmp_path: Path) -> None:
+    """The files of the first opponent hold weights that bf16 rounds, those of the second the policy's in fp32."""
+    run = two_iterations(tmp_path, {"precision": {"dtype": "bf16", "export": "fp32"}})
+    first, second = (read_weights(directory) for directory in (tmp_path / "model", run / "iteration_0/hf"))
+    assert all(weight.dtype == torch.float32 for weight in (*first.values(), *second.values()))
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in first.values())
+    assert all(torch.equal(weight, weight.bfloat16().float()) for weight in second.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed", [True, False])
+def test_main_weights_carry_over_unrounded(tmp_path: Path, distributed: bool) -> None:
+    settings = {"precision": {"dtype": "bf16"}, "parallel": {"use_distributed_optimizer": distributed}}
+    run = two_iterations(tmp_path, settings, "training.learning_rate=[1.0e-3, 1.0e-12]")
     assert json.loads((run / "iteration_0/hf/export.json").read_text())["dtype"] == "bf16"
     with worlds() as world:
         first, second = (world(1).run(main_weights, str(run / f"iteration_{t}/checkpoints"))[0] for t in (0, 1))
