@@ -6,7 +6,8 @@ from pathlib import Path
 
 from megatron_spin.config import Config, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, load_config
 from megatron_spin.errors import ConfigError
-from megatron_spin.processes import world_size
+from megatron_spin.parallel.collectives import on_rank_zero
+from megatron_spin.processes import Ranks, rank, world_size
 from megatron_spin.run.directory import RunDir
 from megatron_spin.run.resume import as_started
 
@@ -78,7 +79,8 @@ def conversion_config(arguments: argparse.Namespace, run: Run | None, *, hf_dir:
         ConfigError: a parallel size is less than 1.
     """
     if run is not None:
-        base = as_started(run.run_dir, run.config)
+        started = run
+        base = on_rank_zero(Ranks(rank(), world_size()), lambda: as_started(started.run_dir, started.config))
     else:
         # A conversion reads no data, but every configuration names some.
         base = Config(name="conversion", model=ModelConfig(hf=str(hf_dir)), data=DataConfig(path=""))
@@ -97,5 +99,5 @@ def conversion_config(arguments: argparse.Namespace, run: Run | None, *, hf_dir:
         base,
         model=dataclasses.replace(base.model, hf=str(hf_dir)),
         parallel=parallel,
-        precision=PrecisionConfig(dtype="fp32" if dtype == "fp32" else "bf16"),
+        precision=PrecisionConfig(dtype="fp32" if dtype == "fp32" else "bf16", export=base.precision.export),
     )

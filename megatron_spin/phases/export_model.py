@@ -20,7 +20,7 @@ from megatron_spin.hf.assets import CHECKPOINT_ASSETS, read_hf_config
 from megatron_spin.log import logger
 from megatron_spin.models.provider import build_model
 from megatron_spin.parallel.check import check_config
-from megatron_spin.parallel.collectives import raised_everywhere
+from megatron_spin.parallel.collectives import on_rank_zero
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.parallel.layout import alignment
 from megatron_spin.parallel.setup import choose_device, initialize
@@ -51,6 +51,10 @@ class ExportModel:
         return {**details, **dataclasses.asdict(result.parity)}
 
 
+def _stored_sample(path: Path) -> ParitySample | None:
+    return ParitySample.load(path) if path.is_file() else None
+
+
 def export_model(config: Config, checkpoint: Path, out_dir: Path, *, dims: ParallelDims, dtype: str) -> Converted:
     """Writes the latest checkpoint as a Hugging Face directory in ``dtype``; a collective.
 
@@ -64,11 +68,8 @@ def export_model(config: Config, checkpoint: Path, out_dir: Path, *, dims: Paral
     """
     assets = checkpoint / CHECKPOINT_ASSETS
     compute = config.precision.dtype
-    stored = None
-    with raised_everywhere(dims):
-        hf_config = read_hf_config(assets)
-        if (checkpoint / PROBE_FILE).is_file():
-            stored = ParitySample.load(checkpoint / PROBE_FILE)
+    hf_config = on_rank_zero(dims, lambda: read_hf_config(assets))
+    stored = on_rank_zero(dims, lambda: _stored_sample(checkpoint / PROBE_FILE))
     model = build_model(config, dims)
     step = int(load_checkpoint(checkpoint, model, dims=dims)["step"])
     sample = stored or parity_sample(model, random_sequences(hf_config), alignment=alignment(config), dims=dims)

@@ -50,12 +50,16 @@ STACK = "stack"
 def as_started(run_dir: "RunDir", config: Config) -> Config:
     """``config`` with the layer spec that the run started with in place of ``auto``.
 
-    Checkpoints of one layer spec need not fit another, and Transformer Engine may have been installed in between.
+    Transformer Engine may have been installed in between, and a run must not change its numbers without a word. A
+    machine without a GPU, on which a run may be prepared, has only the local spec and decides nothing.
     """
     imported = run_dir.record("import")
     if config.layer_spec != "auto" or config.model.provider is not None or imported is None:
         return config
-    spec = imported.details.get(STACK, {}).get("layer_spec", "auto")
+    stack = imported.details.get(STACK, {})
+    spec = stack.get("layer_spec", "auto")
+    if spec == "local" and "CUDA" not in stack.get("versions", {}):
+        return config
     return dataclasses.replace(config, layer_spec=spec)
 
 
