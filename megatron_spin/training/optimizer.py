@@ -39,9 +39,13 @@ def distributed_optimizer(config: Config) -> bool:
     return config.parallel.use_distributed_optimizer and config.training.optimizer["optimizer"] != "sgd"
 
 
-def overlaps(config: Config, device_type: str, *, dp_size: int) -> dict[str, bool]:
-    """Which communication overlaps computation unless ``parallel.ddp`` says otherwise: all that can, on GPUs."""
-    overlap_gradients = device_type == "cuda" and dp_size > 1
+def overlaps(config: Config, device_type: str) -> dict[str, bool]:
+    """Which communication overlaps computation unless ``parallel.ddp`` says otherwise: all that can, on GPUs.
+
+    One data parallel rank has nothing to overlap, but only with overlaps Megatron makes buckets, and an optimizer state
+    that is stored by buckets must fit when the number of ranks changes.
+    """
+    overlap_gradients = device_type == "cuda"
     # Megatron starts the gather of parameters from its hooks of gradients, so the one needs the other.
     overlap_gradients_given = config.parallel.ddp.get("overlap_grad_reduce", overlap_gradients)
     return {
@@ -87,7 +91,7 @@ def wrap_and_optimize(
     with megatron_region():
         given = {
             "grad_reduce_in_fp32": True,
-            **overlaps(config, dims.device.type, dp_size=dims.dp_size),
+            **overlaps(config, dims.device.type),
             "bucket_size": BUCKET_SIZE,
             **config.parallel.ddp,
             "use_distributed_optimizer": distributed_optimizer(config),
