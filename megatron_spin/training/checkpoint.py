@@ -16,11 +16,7 @@ Two kinds of content:
 """
 
 import contextlib
-import errno
-import os
-import pickle
 import queue
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,27 +26,22 @@ from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import TensorStorageMetadata
 
 from megatron_spin.conversion.parameters import finish_param_gather, unwrap
-from megatron_spin.errors import CheckpointError, SpinError
+from megatron_spin.errors import CheckpointError
 from megatron_spin.parallel.collectives import on_rank_zero, raised_everywhere
 from megatron_spin.parallel.cpu_device import megatron_region
 from megatron_spin.parallel.dims import ParallelDims
 from megatron_spin.processes import forks_die_with_us
 from megatron_spin.training import main_weights, optimizer_state
+from megatron_spin.training.agreed_checkpointing import UNREADABLE, AgreedLoad, save_agreed, unreadable
 from megatron_spin.training.integrity import Verified, reading, verify, write_checksums
-from megatron_spin.training.tracker import TRACKER, checkpoint_path, latest_step, make_partial, partial_path, publish
+from megatron_spin.training.tracker import TRACKER, checkpoint_path, latest_step, make_partial, publish
 
-LITTLE_SPACE = 64 * 2**20
-"""Free bytes below which a failed write means a full disk: torch's own writer says only "unexpected pos"."""
 SHARDINGS: dict[str, dict[str, Any]] = {
     "data_parallel": {"distrib_optim_sharding_type": "dp_reshardable"},
     # Data parallel rank 0 gathers the state; without the second key all ranks would.
@@ -62,20 +53,6 @@ SHARDINGS: dict[str, dict[str, Any]] = {
 """Megatron's names for ``training.checkpoint_resharding``."""
 MAIN_WEIGHTS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 """What Megatron puts before a parameter's key for its main weight, with and without a DistributedOptimizer."""
-UNREADABLE: tuple[Any, ...] = (
-    dist_checkpointing.core.CheckpointingException,
-    CheckpointException,
-    pickle.UnpicklingError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""How Megatron and torch say that a checkpoint does not fit or is damaged."""
-
 Resharding = Literal["data_parallel", "any"]
 
 
@@ -124,30 +101,10 @@ def save_checkpoint(
         # saves; ours put and get in this process.
         filesystem_async._results_queue = queue.Queue()
         forks_die_with_us()  # the writers
-        strategy = FullyParallelSaveStrategyWrapper(
-            TorchDistSaveShardedStrategy("torch_dist", 1), dims.pg_collection.dp_cp
-        )
-        try:
-            dist_checkpointing.save(sharded, str(partial), strategy, content_metadata=content)
-        except CheckpointException as error:
-            _raise_failed_save(error, final, partial_path(directory, step), dims)
+        save_agreed(sharded, content, partial=partial, final=final, dims=dims)
     write_checksums(partial, dims)
     on_rank_zero(dims, lambda: publish(directory, step, keep=keep))
     return final
-
-
-def _raise_failed_save(error: CheckpointException, final: Path, partial: Path, dims: ParallelDims) -> None:
-    """Tells a full disk from other failures: Megatron's writer processes pass on only the text of their errors."""
-
-    # Megatron tells all ranks, so all come here.
-    def clear() -> bool:
-        full = shutil.disk_usage(final.parent).free < LITTLE_SPACE
-        shutil.rmtree(partial, ignore_errors=True)
-        return full
-
-    if on_rank_zero(dims, clear):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final)) from error
-    raise CheckpointError(f"checkpoint {final} could not be written: {_end_of(error)}") from error
 
 
 @torch.no_grad()
@@ -163,8 +120,8 @@ def load_checkpoint(
     """Loads weights in place, into any layout; a collective.
 
     A rank reads and hashes an equal part of the weights that the data parallel ranks share, which they then exchange,
-    and its own share of the optimizer state. Only a state that was saved for any layout is read whole by every rank,
-    12 bytes per parameter of the model parallel shard.
+    and its own share of the optimizer state. Only a state that was saved for any layout is held whole by every rank, on
+    the host: 12 bytes per parameter of the model parallel shard.
 
     Args:
         optimizer: takes the main weights unrounded, and its own state if the checkpoint has it.
@@ -175,8 +132,9 @@ def load_checkpoint(
         The ``state`` that was saved, with ``step`` added.
 
     Raises:
-        CheckpointError: there is no checkpoint, a file is missing or altered, it is of another model, or its optimizer
-            state is of another layout.
+        CheckpointError: there is no checkpoint, a file is missing or altered, it is of another model, its optimizer
+            state is of another layout, or it holds unrounded weights only in a state that is not to be loaded.
+        OSError: a rank cannot read a file.
     """
     step = on_rank_zero(dims, lambda: latest_step(directory)) if step is None else step
     if step is None:
@@ -189,7 +147,7 @@ def load_checkpoint(
     finish_param_gather(model)
     with megatron_region(), reading(verified):
         try:
-            common = dist_checkpointing.load_common_state_dict(str(path))
+            common = _load_common(path, dims)
             content: dict[str, Any] = common.get("content_metadata") or SHARDINGS["any"]
             if optimizer is not None and moments and content.get("has_optimizer", "optimizer" in common):
                 _check_layout(path, content, _layout(model, dims), optimizer)
@@ -200,8 +158,19 @@ def load_checkpoint(
             else:
                 _load_weights(verified, model, content, dims, main=False)
         except UNREADABLE as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
     return {**common.get("spin", {}), "step": step}  # another Megatron tool's has none
+
+
+def _load_common(path: Path, dims: ParallelDims) -> dict[str, Any]:
+    """The plain data of the checkpoint, which each rank reads."""
+    common: dict[str, Any] = {}
+    with raised_everywhere(dims):
+        try:
+            common = dist_checkpointing.load_common_state_dict(str(path))
+        except UNREADABLE as error:
+            raise unreadable(path, error) from error
+    return common
 
 
 def _load_all(
@@ -228,6 +197,7 @@ def _load_weights(
     sharded = _sharded_state(model, None, content, is_loading=True)
     if main:
         stored = verified.metadata.state_dict_metadata
+        _check_main_weights(verified.path, content, stored)
         for chunk in sharded.values():
             for tensor in chunk.values():
                 if isinstance(tensor, ShardedTensor | ShardedTensorFactory):
@@ -237,29 +207,23 @@ def _load_weights(
     _set_weights(model, _load(verified, sharded, dims))
 
 
-class _AgreedLoad(TorchDistLoadShardedStrategy):
-    """Megatron's strategy, whose errors reach all ranks.
-
-    From 0.17 on each rank reads by itself, and the others would wait for one that failed in the exchange that follows.
-    """
-
-    def __init__(self, path: Path, dims: ParallelDims) -> None:
-        super().__init__()
-        self._path = path
-        self._dims = dims
-
-    def load(self, *arguments: Any) -> Any:
-        loaded = None
-        with raised_everywhere(self._dims):
-            try:
-                loaded = super().load(*arguments)
-            except UNREADABLE as error:
-                raise _unreadable(self._path, error) from error
-        return loaded
+def _check_main_weights(path: Path, content: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Refuses rounded weights where the unrounded ones are in a DistributedOptimizer's state as it lies in memory."""
+    in_memory_order = content["distrib_optim_sharding_type"] == "dp_reshardable" and content.get("has_optimizer")
+    if not in_memory_order or any(name.startswith(MAIN_WEIGHTS) for name in stored):
+        return
+    for name, tensor in stored.items():
+        if name.startswith("optimizer.") or not isinstance(tensor, TensorStorageMetadata):
+            continue
+        if tensor.properties.dtype == torch.bfloat16:
+            raise CheckpointError(
+                f"{path} is of the middle of an iteration: its unrounded weights can only be loaded together with the "
+                "optimizer's state; complete that training, and start from its last checkpoint"
+            )
 
 
 def _load(verified: Verified, sharded: dict[str, Any], dims: ParallelDims) -> dict[str, Any]:
-    strategy = FullyParallelLoadStrategyWrapper(_AgreedLoad(verified.path, dims), dims.pg_collection.dp_cp)
+    strategy = FullyParallelLoadStrategyWrapper(AgreedLoad(verified.path, dims), dims.pg_collection.dp_cp)
     loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(verified.path), strategy)
     return loaded
 
@@ -309,27 +273,6 @@ def _layout(model: Sequence[torch.nn.Module], dims: ParallelDims) -> dict[str, i
 
 def _layout_text(layout: dict[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in layout.items())
-
-
-def _unreadable(path: Path, error: Exception) -> SpinError:
-    """What to tell of ``error``, which Megatron or torch raised while the checkpoint ``path`` was read."""
-    causes: list[BaseException] = [error]
-    if isinstance(error, CheckpointException):  # holds the errors of all ranks
-        causes = [failure[0] for failure in error.failures.values()]
-    for cause in causes:
-        if isinstance(cause, SpinError):
-            return cause
-        if isinstance(cause, pickle.UnpicklingError):
-            return CheckpointError(
-                f"{path} is damaged or holds objects that are not plain data, which were not read: do not trust it, or "
-                f"name an older step in the tracker file in {path.parent}"
-            )
-    return CheckpointError(f"{path} does not fit this model ({_end_of(causes[0])}): is it of another architecture?")
-
-
-def _end_of(error: BaseException) -> str:
-    """The last words of an error, on one line: Megatron's begin with what it was doing."""
-    return " ".join(str(error).split())[-300:]
 
 
 def _model_key(model: Sequence[torch.nn.Module], index: int) -> str:

@@ -17,17 +17,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from torch.distributed.checkpoint import FileSystemReader, Metadata
+import torch
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata
 
 from megatron_spin.errors import CheckpointError
 from megatron_spin.io import sha256, write_json
 from megatron_spin.parallel.collectives import gather_objects, on_rank_zero, raised_everywhere
 from megatron_spin.parallel.dims import ParallelDims
-from megatron_spin.training.safe_load import METADATA_FILE, plain_data_only, read_metadata
+from megatron_spin.training.safe_load import METADATA_FILE, parse_metadata, plain_data_only, read_metadata
 
 CHECKSUMS = "checksums.json"
 TENSOR_FILE = ".distcp"
 """Suffix of the files of tensors; all others are small."""
+READ_BY_ALL = ("common.pt", "metadata.json")
+"""What Megatron reads on every rank between collectives: a rank that cannot read it must have said so before."""
 NFS_LEFTOVER = ".nfs"
 """How the name of a file begins that was removed while a process had it open. It vanishes when that process ends."""
 BLOCK = 2**22
@@ -114,15 +117,17 @@ def verify(path: Path, dims: ParallelDims) -> Verified:
             for name in (*sums.files, *sums.tensors):
                 if name not in present:
                     raise CheckpointError(f"checkpoint file {path / name} is missing: {_remedy(path)}")
-        return sums, sorted(sums.files if sums is not None else ())
+        return sums, [name for name in READ_BY_ALL if name in present]
 
-    sums, names = on_rank_zero(dims, look)
+    sums, read_by_all = on_rank_zero(dims, look)
+    files = sums.files if sums is not None else {}
+    names = sorted(files.keys() - {METADATA_FILE})
     with raised_everywhere(dims):
-        for name in names[dims.rank :: dims.world_size]:
-            assert sums is not None  # it has names
-            if sha256(path / name) != sums.files[name]:
+        for name in {*names[dims.rank :: dims.world_size], *read_by_all}:
+            digest = sha256(path / name)
+            if name in names and digest != files[name]:
                 raise _corrupted(path / name)
-    return Verified(path, on_rank_zero(dims, lambda: read_metadata(path)), sums)
+    return Verified(path, on_rank_zero(dims, lambda: _verified_metadata(path, files.get(METADATA_FILE))), sums)
 
 
 @contextlib.contextmanager
@@ -136,10 +141,24 @@ def reading(verified: Verified) -> Iterator[None]:
     )
 
     slice_file = FileSystemReader._slice_file
+    read_data = FileSystemReader.read_data
+    compared = 0
 
     def checked_slice(reader: FileSystemReader, file: IO[bytes], info: Any) -> IO[bytes]:
+        nonlocal compared
+        compared += 1
         verified.check_tensor(file, info.relative_path, info.offset, info.length)
         return slice_file(reader, file, info)
+
+    def checked_data(reader: FileSystemReader, plan: LoadPlan, planner: LoadPlanner) -> Any:
+        before = compared
+        read = read_data(reader, plan, planner)
+        if compared - before < len(plan.items):  # the comparison hangs on a private function of torch
+            raise CheckpointError(
+                f"torch {torch.__version__} reads tensors past the comparison with their checksums: install the "
+                "version that requirements.lock names"
+            )
+        return read
 
     def verified_metadata(reader: FileSystemReader, *_: Any, **__: Any) -> Metadata:
         if Path(reader.path).resolve() != verified.path.resolve():
@@ -148,6 +167,7 @@ def reading(verified: Verified) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(FileSystemReader, "_slice_file", checked_slice))
+        stack.enter_context(_replaced(FileSystemReader, "read_data", checked_data))
         # Newer versions of Megatron's reader keep metadata by path, although a path may be written anew.
         for reader in (FileSystemReader, CachedMetadataFileSystemReader):
             stack.enter_context(_replaced(reader, "read_metadata", verified_metadata))
@@ -163,6 +183,14 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def _verified_metadata(path: Path, expected: str | None) -> Metadata:
+    """The metadata of the checkpoint ``path``, from the very bytes whose SHA-256 is ``expected``, if that is known."""
+    data = (path / METADATA_FILE).read_bytes()
+    if expected is not None and hashlib.sha256(data).hexdigest() != expected:
+        raise _corrupted(path / METADATA_FILE)
+    return parse_metadata(data, path / METADATA_FILE)
 
 
 def _tensor_ranges(metadata: Metadata) -> dict[str, list[tuple[int, int]]]:

@@ -4,7 +4,8 @@ A bf16 policy computes with rounded weights; the optimizer keeps the unrounded o
 Megatron's DistributedOptimizer, each data parallel rank its own share. DDP's gradient buffer has the layout of the
 parameters, is fp32 by default, and holds nothing of use between two steps. So the shares are gathered there: whoever
 saves or loads the model within these blocks moves main weights, and no memory is needed. With gradients reduced in
-bf16 a buffer of 4 bytes per parameter exists as long as the block.
+bf16 a buffer of 4 bytes per parameter exists as long as the block. Megatron concatenates both halves of a gated MLP's
+fc1 when it loads; its copies of these weights, in fp32, exist until the model has taken them.
 """
 
 import contextlib

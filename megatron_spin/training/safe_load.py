@@ -79,7 +79,16 @@ def read_metadata(path: Path) -> Metadata:
     """
     file = path / METADATA_FILE
     try:
-        metadata = _RestrictedUnpickler(file.read_bytes()).load()
+        data = file.read_bytes()
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    return parse_metadata(data, file)
+
+
+def parse_metadata(data: bytes, file: Path) -> Metadata:
+    """As :func:`read_metadata`, of the bytes ``data`` that ``file`` holds."""
+    try:
+        metadata = _RestrictedUnpickler(data).load()
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"checkpoint metadata {file} describes no tensors: restore the file")
         for info in (metadata.storage_data or {}).values():
@@ -91,8 +100,12 @@ def read_metadata(path: Path) -> Metadata:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"checkpoint metadata {file} cannot be read ({error}): restore the file") from None
+        raise _unreadable(file, error) from None
     return metadata
+
+
+def _unreadable(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"checkpoint metadata {file} cannot be read ({error}): restore the file")
 
 
 class _RestrictedUnpickler(pickle.Unpickler):

@@ -18,10 +18,12 @@ from tests.support.checkpoints import (
     first_row,
     load,
     load_again_and_save,
+    load_with_an_unreadable_file,
     peaks,
     recompute_checksums,
     refusal,
     save,
+    save_with_an_unwritable_file,
     stale,
     tensors,
     trained_identity,
@@ -327,6 +329,51 @@ def test_nothing_in_a_checkpoint_is_executed(
     else:
         assert "holds objects that are not plain data, which were not read: do not trust it" in found
         assert "\n" not in found
+
+
+@pytest.mark.parametrize("name", ["common.pt", "metadata.json"])
+def test_a_file_that_one_rank_cannot_read_is_an_error_of_all(
+    world: Worlds, model: Path, tmp_path: Path, name: str
+) -> None:
+    config = config_of(model, "bf16")
+    world(2).run(save, config, tmp_path, taken=1)
+    found = world(2).run(load_with_an_unreadable_file, config, tmp_path, name)
+    assert found == [f"[Errno 5] Input/output error: '{tmp_path / 'iter_0000001' / name}'"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("common.pt", "iter_0000001 could not be written: "), ("metadata.json", "[Errno 5] Input/output error: ")],
+)
+def test_a_file_that_rank_0_cannot_write_is_an_error_of_all(
+    world: Worlds, model: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    found = world(2).run(save_with_an_unwritable_file, config_of(model, "bf16"), tmp_path, name)
+    assert found[0] == found[1]
+    assert message in found[0] and found[0].endswith(", then [0, 1]")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_middle_of_an_iteration_does_not_pass_for_its_end(world: Worlds, model: Path, tmp_path: Path) -> None:
+    """The optimizer's state has the unrounded weights in another order."""
+    config = config_of(model, "bf16")
+    world(2).run(save, config, tmp_path, taken=1)
+    for found in world(2).run(refusal, config, tmp_path, moments=False):
+        assert "iter_0000001 is of the middle of an iteration: " in found and "\n" not in found
+    assert world(2).run(refusal, config, tmp_path) == ["loaded"] * 2
+
+
+@pytest.mark.skipif(MEGATRON >= (0, 19), reason="keeps plain data among the tensors")
+def test_another_tools_checkpoint_has_no_state(world: Worlds, model: Path, tmp_path: Path) -> None:
+    config = config_of(model, "fp32")
+    saved, _ = world(1).run(save, config, tmp_path, taken=1)[0]
+    path = tmp_path / "iter_0000001"
+    common = torch.load(path / "common.pt", weights_only=True)
+    del common["spin"]
+    torch.save(common, path / "common.pt")
+    (path / "checksums.json").unlink()
+    loaded, _, state = world(1).run(load, config, tmp_path)[0]
+    assert same(loaded, saved) and state == {"step": 1}
 
 
 def test_a_missing_file_is_named(world: Worlds, model: Path, tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
 """What the ranks of a test world do with checkpoints."""
 
+import errno
 import json
+import os
 import pickle
+import resource
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +105,62 @@ def refusal(config: Config, directory: Path, *, moments: bool = True) -> str:
     except CheckpointError as error:
         return str(error)
     return "loaded"
+
+
+class FailingOpen:
+    """Lets this process fail to open files of one name. Hooks stay for its life; this one does nothing most times."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event != "open" or self.name is None or not isinstance(arguments[0], str | os.PathLike):
+            return
+        if Path(arguments[0]).name == self.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), arguments[0])
+
+
+def load_with_an_unreadable_file(config: Config, directory: Path, name: str) -> str:
+    """The error of a load while rank 1 cannot open the file ``name``."""
+    trainer = trainer_of(config)
+    from megatron_spin.training.checkpoint import load_checkpoint
+
+    failing = FailingOpen()
+    sys.addaudithook(failing.hook)
+    failing.name = name if trainer.dims.rank == 1 else None
+    try:
+        load_checkpoint(directory, trainer.model, dims=trainer.dims, optimizer=trainer.optimizer)
+    except OSError as error:
+        return str(error)
+    finally:
+        failing.name = None
+    return "loaded"
+
+
+def save_with_an_unwritable_file(config: Config, directory: Path, name: str) -> str:
+    """The error of a save while rank 0 cannot write the file ``name``, and whether ranks are together after it."""
+    trainer = trainer_of(config, taken=1)
+    from megatron_spin.errors import CheckpointError
+    from megatron_spin.parallel.collectives import gather_objects
+    from megatron_spin.training.checkpoint import save_checkpoint
+
+    failing = FailingOpen()
+    sys.addaudithook(failing.hook)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if trainer.dims.rank == 0:
+        if name == "common.pt":  # torch writes it in C++, which tells no hook
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        failing.name = name
+    try:
+        save_checkpoint(directory, 1, trainer.model, dims=trainer.dims, optimizer=trainer.optimizer)
+    except (CheckpointError, OSError) as error:
+        found = str(error)
+    else:
+        found = "saved"
+    finally:
+        failing.name = None
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return f"{found}, then {gather_objects(trainer.dims.rank, trainer.dims)}"
 
 
 def export_identity(config: Config, directory: Path) -> str:

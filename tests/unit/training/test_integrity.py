@@ -1,5 +1,6 @@
 """Which checkpoints are read: verification cannot be turned off by damage, and metadata names no foreign code."""
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -93,6 +94,20 @@ def test_checksums_of_an_earlier_version_are_compared_by_file(checkpoint: Path) 
     alter(checkpoint, "second")
     with pytest.raises(CheckpointError, match=r"__0_0.distcp is corrupted"):
         read(checkpoint, "first")
+
+
+class DirectReader(dcp.FileSystemReader):
+    """Reads tensors without the function in which they are compared, as another version of torch may."""
+
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        file.seek(sinfo.offset)
+        return io.BytesIO(file.read(sinfo.length))
+
+
+def test_what_torch_reads_without_a_comparison_is_not_taken(checkpoint: Path) -> None:
+    tensors = {"first": torch.zeros(100)}
+    with reading(verify(checkpoint, ALONE)), pytest.raises(dcp.api.CheckpointException, match=r"torch 2\..* past the"):
+        dcp.load(tensors, storage_reader=DirectReader(checkpoint), no_dist=True)
 
 
 def test_a_tensor_without_a_checksum_is_not_read(checkpoint: Path) -> None:
