@@ -31,10 +31,10 @@ class World:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def run(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT, **named: Any) -> list[Any]:
         """Runs ``function(*arguments, **named)`` on every rank and returns the results in the order of ranks.
 
-        ``function`` must be at module level.
+        ``function`` must be at module level. Each rank has ``timeout`` seconds.
         """
         if not self._processes:
             self._start()
@@ -42,8 +42,8 @@ class World:
             pipe.send((function, arguments, named))
         results, failure = [], None
         for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(TIMEOUT):
-                failure = f"rank {rank} of {self.size} did not answer within {TIMEOUT} s"
+            if not pipe.poll(timeout):
+                failure = f"rank {rank} of {self.size} did not answer within {timeout:.0f} s"
                 break
             try:
                 ok, value = pipe.recv()
