@@ -1,4 +1,4 @@
-"""A file operation that fails: the n-th of this process under a directory, wherever in the program it is.
+"""A file operation that fails: one kind of operation on one path, of this process, wherever in the program it is.
 
 Python's audit events tell of every operation before it is done, and what a hook raises takes its place. Operations of
 native code (pyarrow, safetensors) have no events; torch's checkpoint reader and writer are Python.
@@ -7,6 +7,7 @@ native code (pyarrow, safetensors) have no events; torch's checkpoint reader and
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,18 +23,20 @@ OPERATIONS = (
     "os.scandir",
     "shutil.copyfile",
 )
+TEMPORARY = re.compile(r"\.\d+\.[0-9a-f]{8}(?=\.tmp$)")
+"""What differs from process to process in the names of temporary files."""
 
 
 class Faults:
-    """Counts the operations under a directory and fails one of them."""
+    """Notes the operations under a directory and lets one of them fail, as often as it is tried."""
 
     def __init__(self) -> None:
         self.directory: str | None = None
-        """None: nothing is counted."""
-        self.fail_at = 0
-        """Number of the operation that fails, from 1; 0: none."""
+        """None: nothing is noted."""
+        self.failing: str | None = None
+        """The operation that fails: its kind and path."""
         self.seen: list[str] = []
-        """What was done, in order: operation and path."""
+        """What was done, in order, each once."""
 
     def hook(self, event: str, arguments: tuple[object, ...]) -> None:
         if self.directory is None or event not in OPERATIONS or not arguments:
@@ -41,8 +44,10 @@ class Faults:
         path = arguments[0]
         if not isinstance(path, str | os.PathLike) or not os.path.abspath(path).startswith(self.directory):
             return
-        self.seen.append(f"{event} {os.path.relpath(path, self.directory)}")
-        if len(self.seen) == self.fail_at:
+        operation = f"{event} {TEMPORARY.sub('', os.path.relpath(path, self.directory))}"
+        if operation not in self.seen:
+            self.seen.append(operation)
+        if operation == self.failing:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
 
@@ -50,13 +55,13 @@ _faults: Faults | None = None
 
 
 @contextlib.contextmanager
-def failing(directory: Path, *, fail_at: int) -> Iterator[Faults]:
-    """Within the block, the operation number ``fail_at`` under ``directory`` fails with EIO."""
+def failing(directory: Path, operation: str | None) -> Iterator[Faults]:
+    """Within the block ``operation`` (as :attr:`Faults.seen` has them) under ``directory`` fails with EIO."""
     global _faults
     if _faults is None:
         _faults = Faults()
         sys.addaudithook(_faults.hook)  # for the life of the process: hooks cannot be removed
-    _faults.seen, _faults.fail_at = [], fail_at
+    _faults.seen, _faults.failing = [], operation
     _faults.directory = os.path.abspath(directory)
     try:
         yield _faults
