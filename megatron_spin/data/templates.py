@@ -47,7 +47,8 @@ def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerBase":
             f"{hf_dir} holds no tokenizer (tokenizer.json or tokenizer.model): copy the model's tokenizer files there"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
+        # False, not left out: transformers would ask on the terminal whether to run code that the directory brings.
+        tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way on a damaged file
         problem = f"the tokenizer in {hf_dir} cannot be loaded ({type(error).__name__}: {error})"
         raise CheckpointError(f"{problem}: copy its files again") from None

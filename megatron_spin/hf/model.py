@@ -67,7 +67,8 @@ def streamed_model(hf_dir: Path, *, dtype: str, device: torch.device) -> Iterato
     # It warns that weights are not in memory, which is the purpose.
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     with _named_load_errors(hf_dir), torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hf_dir, local_files_only=True))
+        config = AutoConfig.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     places = {}
     for name, module in skeleton.named_modules():
         if any(True for _ in module.parameters(recurse=False)):
@@ -90,6 +91,7 @@ def _from_pretrained(hf_dir: Path, dtype: str, **placement: Any) -> torch.nn.Mod
             dtype=DTYPES[dtype],
             local_files_only=True,
             use_safetensors=True,  # the other format is a pickle
+            trust_remote_code=False,  # left out, transformers asks on the terminal whether to run the directory's code
             output_loading_info=True,
             **placement,
         )
