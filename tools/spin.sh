@@ -103,8 +103,13 @@ print_plan() {
 take_lock() {
   mkdir -p "$run_dir/logs" 2>/dev/null || die 2 "run directory $run_dir cannot be created: choose another --run-dir"
   exec {lock}<>"$run_dir/.lock"
-  flock --wait 3 "$lock" ||
+  local status=0
+  flock --wait 3 --conflict-exit-code 75 "$lock" || status=$?
+  if ((status == 75)); then
     die 2 "$run_dir is in use by another driver (process $(<"$run_dir/.lock")): wait for it, or stop it"
+  elif ((status != 0)); then # as on Lustre mounted without -o flock; flock has said why
+    echo "warning: $run_dir/.lock cannot be locked: make sure that no other driver works on this run" >&2
+  fi
   printf '%s\n' "$$" >"$run_dir/.lock"
 }
 

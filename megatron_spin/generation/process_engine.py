@@ -194,6 +194,7 @@ class ProcessSession(contextlib.AbstractContextManager["ProcessSession"]):
             os.killpg(process.pid, signal.SIGKILL)  # the processes that vLLM started, too
         process.wait()
         process.stdout.close()
+        self._process = None  # its number may soon be another process's, which kill() must not reach
 
 
 def _environment(settings: EngineSettings) -> dict[str, str]:

@@ -11,8 +11,8 @@ from megatron_spin.parallel.kernels import layer_spec
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "flash-attn-3")
-"""Packages whose kernels compute."""
+PACKAGES = ("megatron-spin", "torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "flash-attn-3")
+"""Packages whose code and kernels compute."""
 
 
 @dataclasses.dataclass(frozen=True)

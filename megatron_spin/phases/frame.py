@@ -48,7 +48,7 @@ def carry_out(
     if target is not None:
         check_target(config, target)
     ranks = _meet(config)
-    changes = on_rank_zero(ranks, lambda: run_dir.check(config))
+    on_rank_zero(ranks, lambda: run_dir.check(config))
     if on_rank_zero(ranks, lambda: is_done(config, run_dir, name)):
         logger.info(f"{name} is already done")
         return
@@ -63,7 +63,7 @@ def carry_out(
         if on_rank_zero(ranks, lambda: is_done(config, run_dir, name)):  # by the process that had the lock
             logger.info(f"{name} is already done")
             return
-        on_rank_zero(ranks, lambda: run_dir.open(config, changes))
+        on_rank_zero(ranks, lambda: run_dir.open(config))
         details = phase.run()
         seconds = time.monotonic() - started
         on_rank_zero(ranks, lambda: run_dir.mark_done(name, seconds=seconds, **details))

@@ -128,9 +128,9 @@ class RunDir:
             return []
         return check_resume(self, config)
 
-    def open(self, config: Config, changes: list[Change] | None = None) -> None:
-        """Creates the run directory, or takes over ``changes`` (None: those of :meth:`check`, which may raise)."""
-        found = self.check(config) if changes is None else changes
+    def open(self, config: Config) -> None:
+        """Creates the run directory, or takes over what ``config`` changes. Raises as :meth:`check`."""
+        found = self.check(config)
         self.root.mkdir(parents=True, exist_ok=True)
         state.adopt(self.root)
         record_changes(self, found)

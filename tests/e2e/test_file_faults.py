@@ -116,7 +116,7 @@ def check_fault(undisturbed: Undisturbed, two: World, run: Path, start: str, ran
         first, second = carry_out_in(
             run, undisturbed.starts[start], two, undisturbed.config, rank=rank, operation=operation
         )
-        assert first.error == second.error, where
+        assert first.error == second.error, f"{where}: {first.error} | {second.error}"
         again = two.run(train, undisturbed.config, run, 0, None, timeout=SECONDS)
     except RankError as error:
         raise AssertionError(f"{where}: {error}") from None
