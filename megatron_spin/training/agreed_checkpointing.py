@@ -52,15 +52,21 @@ def save_agreed(
         CheckpointError: Megatron could not write it.
     """
     strategy = _AgreedSave(dims)
+    of_another_rank: CheckpointException | None = None
     with raised_everywhere(dims):
         try:
             dist_checkpointing.save(sharded, str(partial), strategy, content_metadata=content)
         except (CheckpointException, OSError, RuntimeError) as error:
             if getattr(error, "is_everywhere", False):
                 raise
-            if strategy.is_done:
-                dist.barrier()  # the others wait there until rank 0 has written metadata.json
-            raise _failed_save(error, final, partial, dims) from error
+            if isinstance(error, CheckpointException) and not error.failures:
+                of_another_rank = error  # which tells why; this one does not know
+            else:
+                if strategy.is_done:
+                    dist.barrier()  # the others wait there until rank 0 has written metadata.json
+                raise _failed_save(error, final, partial, dims) from error
+    if of_another_rank is not None:
+        raise _failed_save(of_another_rank, final, partial, dims)
 
 
 class _AgreedSave(FullyParallelSaveStrategyWrapper):
