@@ -200,11 +200,12 @@ def test_another_layout_trains_alike_and_resumes_a_run_of_one_process(
     ranks, layout = ranks_and_layout
     config, run = fresh
     expected = metrics(trained[1] / "iteration_0/metrics.jsonl")
+    resumed = tmp_path / "resumed"
+    shutil.copytree(run, resumed)
     train(config, run, layout, ranks=ranks)
     actual = metrics(run / "iteration_0/metrics.jsonl")
     assert [row["loss"] for row in actual] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
-    resumed = tmp_path / "resumed"
-    shutil.copytree(trained[1], resumed)
+    train(config, resumed, "training.checkpoint_resharding=any")
     stop_after(resumed, 4)
     train(config, resumed, layout, ranks=ranks)
     actual = metrics(resumed / "iteration_0/metrics.jsonl")
