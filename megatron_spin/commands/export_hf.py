@@ -6,7 +6,9 @@ from pathlib import Path
 from megatron_spin import cli
 from megatron_spin.commands import conversion
 from megatron_spin.errors import ConfigError, RunDirError
+from megatron_spin.parallel.collectives import on_rank_zero
 from megatron_spin.phases.frame import Phase, carry_out
+from megatron_spin.processes import Ranks, rank, world_size
 from megatron_spin.run.directory import Target
 
 
@@ -54,7 +56,8 @@ def main() -> None:
 def _start(arguments: argparse.Namespace, run: conversion.Run | None, target: Target | None) -> Phase:
     hf, checkpoint = arguments.hf, arguments.checkpoint
     if run is not None and target is not None:
-        if not run.run_dir.is_done(f"train:{target.label}"):
+        phase, run_dir = f"train:{target.label}", run.run_dir
+        if not on_rank_zero(Ranks(rank(), world_size()), lambda: run_dir.is_done(phase)):
             raise RunDirError(
                 f"train:{target.label} has not finished: finish it first, or export without --config to look at a "
                 "checkpoint"

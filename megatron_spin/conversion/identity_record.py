@@ -67,7 +67,10 @@ def file_states(hf_dir: Path, record: Path) -> dict[str, list[int]]:
     found = {}
     for name in ("config.json", *weight_files(hf_dir)):
         path = hf_dir / name
-        status = path.stat()
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing: copy or export the model again") from None
         key = name if record.parent == hf_dir else str(path.resolve())
         found[key] = [status.st_size, status.st_mtime_ns]
     return found

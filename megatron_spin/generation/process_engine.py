@@ -85,9 +85,10 @@ class ProcessSession(contextlib.AbstractContextManager["ProcessSession"]):
     def kill(self) -> None:
         """Ends the process at once, from any thread; whoever waits for it gets a DeviceError."""
         self._is_killed = True
-        if self._process is not None:
+        process = self._process
+        if process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
 
     def generate(
         self,

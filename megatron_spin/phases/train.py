@@ -54,7 +54,7 @@ PROBE_EXAMPLES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What is trained on, checked before a process group exists."""
+    """What is trained on, checked before anything is built."""
 
     examples: Sequence[Example]
     objective: Objective

@@ -53,14 +53,14 @@ def as_started(run_dir: "RunDir", config: Config) -> Config:
     Transformer Engine may have been installed in between, and a run must not change its numbers without a word. A
     machine without a GPU, on which a run may be prepared, has only the local spec and decides nothing.
     """
-    imported = run_dir.record("import")
-    if config.layer_spec != "auto" or config.model.provider is not None or imported is None:
+    if config.layer_spec != "auto" or config.model.provider is not None:
         return config
-    stack = imported.details.get(STACK, {})
-    spec = stack.get("layer_spec", "auto")
-    if spec == "local" and "CUDA" not in stack.get("versions", {}):
-        return config
-    return dataclasses.replace(config, layer_spec=spec)
+    for record in run_dir.records():
+        stack = record.details.get(STACK, {})
+        spec = stack.get("layer_spec", "auto")
+        if spec == "transformer_engine" or "CUDA" in stack.get("versions", {}):
+            return dataclasses.replace(config, layer_spec=spec)
+    return config
 
 
 def record_changes(run_dir: "RunDir", found: list[Change]) -> None:

@@ -64,7 +64,13 @@ def save_agreed(
             else:
                 if strategy.is_done:
                     dist.barrier()  # the others wait there until rank 0 has written metadata.json
-                raise _failed_save(error, final, partial, dims) from error
+                failed: Any = _failed_save(error, final, partial, dims)
+                # Between collectives of Megatron's own nobody comes to hear of it. This rank ends at once, and the
+                # others learn of it from its end.
+                is_heard = isinstance(error, CheckpointException) or strategy.is_done
+                if not is_heard and (strategy.has_begun or dims.rank > 0):
+                    failed.is_everywhere = True
+                raise failed from error
     if of_another_rank is not None:
         raise _failed_save(of_another_rank, final, partial, dims)
 
@@ -75,11 +81,13 @@ class _AgreedSave(FullyParallelSaveStrategyWrapper):
     def __init__(self, dims: ParallelDims) -> None:
         super().__init__(TorchDistSaveShardedStrategy("torch_dist", 1), dims.pg_collection.dp_cp)
         self._dims = dims
+        self.has_begun = False
         self.is_done = False
 
     def save(self, *arguments: Any) -> Any:
         with raised_everywhere(self._dims):
             pass  # rank 0 has written common.pt by now, or meets the others here with its error
+        self.has_begun = True
         saved = super().save(*arguments)
         self.is_done = True
         return saved
@@ -118,13 +126,13 @@ class AgreedLoad(TorchDistLoadShardedStrategy):
         return loaded
 
 
-def unreadable(path: Path, error: Exception) -> SpinError:
+def unreadable(path: Path, error: Exception) -> SpinError | OSError:
     """What to tell of ``error``, which Megatron or torch raised while the checkpoint ``path`` was read."""
     causes: list[BaseException] = [error]
     if isinstance(error, CheckpointException):  # holds the errors of all ranks
         causes = [failure[0] for failure in error.failures.values()]
     for cause in causes:
-        if isinstance(cause, SpinError):
+        if isinstance(cause, SpinError | OSError):
             return cause
         if isinstance(cause, pickle.UnpicklingError):
             return CheckpointError(

@@ -253,9 +253,9 @@ def _check_layout(path: Path, content: dict[str, Any], layout: dict[str, int], o
     if content["distrib_optim_sharding_type"] == "dp_reshardable" and stored != layout:
         raise CheckpointError(
             f"{path} holds the optimizer state of {_layout_text(stored)}, which cannot be loaded with "
-            f"{_layout_text(layout)}: continue with the former (its bucket size is a matter of parallel.ddp) until the "
-            "iteration ends, set training.checkpoint_resharding=any there for later checkpoints, or delete the "
-            "iteration's checkpoints"
+            f"{_layout_text(layout)}: continue with the former (bucket=0 is parallel.ddp.overlap_grad_reduce=false) "
+            "until the iteration ends, set training.checkpoint_resharding=any there for later checkpoints, or delete "
+            "the iteration's checkpoints"
         )
 
 

@@ -187,7 +187,12 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _verified_metadata(path: Path, expected: str | None) -> Metadata:
     """The metadata of the checkpoint ``path``, from the very bytes whose SHA-256 is ``expected``, if that is known."""
-    data = (path / METADATA_FILE).read_bytes()
+    try:
+        data = (path / METADATA_FILE).read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is no torch_dist checkpoint ({METADATA_FILE} is missing): restore it, or give another directory"
+        ) from None
     if expected is not None and hashlib.sha256(data).hexdigest() != expected:
         raise _corrupted(path / METADATA_FILE)
     return parse_metadata(data, path / METADATA_FILE)

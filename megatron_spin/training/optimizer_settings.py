@@ -33,13 +33,13 @@ def check_optimizer(config: Config) -> None:
     if given.get("store_param_remainders"):
         raise ConfigError(
             "training.optimizer.store_param_remainders=true leaves no main weights that the next iteration could start "
-            "from: leave it out"
+            "from: leave it out and begin a new --run-dir"
         )
     if given.get("optimizer_cpu_offload"):
         # Megatron's HybridDeviceOptimizer keeps copies of its own, which a checkpoint's main weights do not reach.
         raise ConfigError(
             "training.optimizer.optimizer_cpu_offload=true keeps main weights where the next iteration cannot take "
-            "them over: leave it out, and shard the optimizer state with parallel.use_distributed_optimizer=true"
+            "them over: leave it out and begin a new --run-dir, with parallel.use_distributed_optimizer=true"
         )
     if given["optimizer"] != "rmsprop":
         return

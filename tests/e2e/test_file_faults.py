@@ -16,6 +16,8 @@ from tests.support.world import RankError, World, worlds
 
 OVERRIDES = ["training.steps=2", "training.checkpoint_every=1"]
 UNSHARED = (
+    "os.listdir iteration_0/checkpoints/.iter_0000001.partial",
+    "os.listdir iteration_0/checkpoints/.iter_0000002.partial",
     "open iteration_0/checkpoints/.iter_0000001.partial/.metadata.tmp",
     "open iteration_0/checkpoints/.iter_0000002.partial/.metadata.tmp",
     "os.rename iteration_0/checkpoints/.iter_0000001.partial/.metadata.tmp",

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_spin.conversion.identity import identity
 from megatron_spin.conversion.identity_record import RECORD, kept_identities
+from megatron_spin.errors import CheckpointError
 from tests.support.tiny import tiny_model
 
 WEIGHTS = "model.safetensors"
@@ -80,3 +81,10 @@ def test_each_dtype_has_its_own(hf: Path) -> None:
     assert kept_identities(hf, ["bf16", "fp32"], record) == found
     record.write_text("{")
     assert known(hf, record) == identity(hf, "fp32"), "a damaged record is none"
+
+
+def test_a_missing_file_is_named(hf: Path) -> None:
+    known(hf, hf / RECORD)
+    (hf / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        known(hf, hf / RECORD)
