@@ -148,17 +148,3 @@ def test_a_fault_anywhere_ends_all_ranks(
     operations = undisturbed.operations[start][rank]
     for operation in random.Random(0).sample(operations, min(4, len(operations))):
         check_fault(undisturbed, two, tmp_path / "run", start, rank, operation)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("start", "rank"), STARTS_AND_RANKS)
-def test_a_fault_at_every_operation_ends_all_ranks(
-    undisturbed: Undisturbed, two: World, tmp_path: Path, start: str, rank: int
-) -> None:
-    failures = []
-    for number, operation in enumerate(undisturbed.operations[start][rank]):
-        try:
-            check_fault(undisturbed, two, tmp_path / str(number), start, rank, operation)
-        except AssertionError as error:
-            failures.append(str(error))
-    assert not failures, "\n".join(failures)
